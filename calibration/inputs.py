@@ -1,0 +1,206 @@
+"""The one place where what the user passes is checked and brought to a common form.
+
+Past this module probabilities are `(N, C)` float64 with C >= 2, labels are `(N,)` int64 on the same device,
+and nothing carries a gradient. A wrong dtype raises TypeError, a wrong shape or value ValueError; each says
+what was given, what was expected and what to do. The checks read the data once when all is well; what is
+wrong is worked out only afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Array: TypeAlias = "Tensor | npt.NDArray[Any]"
+
+# How far a row sum may lie from one. Loose enough for a softmax over many classes in that precision (float64
+# also for float32 values that were widened later), tight enough to catch logits, percentages and unnormalised
+# scores.
+SUM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+def as_tensor(values: Array) -> Tensor:
+    """A tensor without gradient; what is not a tensor is copied (read-only numpy arrays cannot be shared)."""
+    return values.detach() if isinstance(values, Tensor) else torch.tensor(values)
+
+
+def as_probabilities(probabilities: Array) -> Tensor:
+    """Checked class probabilities as `(N, C)` float64; one column `p` becomes the two columns `1 - p, p`.
+
+    Args:
+        probabilities: `(N, C)` class probabilities; or `(N,)` or `(N, 1)`, of the positive class.
+
+    Returns:
+        The probabilities `(N, C)`, C >= 2, in float64 on their device, detached.
+    """
+    given = as_tensor(probabilities)
+    _check_floating(given, "probabilities")
+    _check_table(given, "probabilities")
+    rows = given.to(torch.float64)
+    if _is_single_column(rows):
+        positive = rows.reshape(-1)
+        # The clamp leaves a p just above one to the tolerance of the row sum, as for several columns.
+        rows = torch.stack(((1 - positive).clamp(min=0), positive), dim=1)
+    tolerance = SUM_TOLERANCE[given.dtype]
+    # NaN and infinities fail these two comparisons as well, so one pass over the rows settles the usual case.
+    if not (rows.min() >= 0 and (rows.sum(dim=1) - 1).abs().max() <= tolerance):
+        _refuse_probabilities(rows, tolerance)
+    return rows
+
+
+def as_log_probabilities(logits: Array) -> Tensor:
+    """Log-softmax of checked logits as `(N, C)` float64; one column `f` is read as the two logits `0, f`.
+
+    Args:
+        logits: `(N, C)` logits; or `(N,)` or `(N, 1)`, of the positive class; -inf rules a class out.
+
+    Returns:
+        The log-probabilities `(N, C)`, C >= 2, in float64 on their device, detached.
+
+    Raises:
+        ValueError: a row has a NaN, a +inf, or nothing but -inf.
+    """
+    given = as_tensor(logits)
+    _check_floating(given, "logits")
+    _check_table(given, "logits")
+    rows = given.to(torch.float64)
+    if _is_single_column(rows):
+        positive = rows.reshape(-1)
+        rows = torch.stack((torch.zeros_like(positive), positive), dim=1)
+    log_probabilities = rows.log_softmax(dim=1)
+    undefined = log_probabilities.isnan().any(dim=1)
+    if undefined.any():
+        raise ValueError(
+            f"logits of example {_first(undefined)} have a NaN, a +inf or nothing but -inf, expected finite "
+            "numbers (and -inf only for a class that is ruled out). Look for overflow in the model."
+        )
+    return log_probabilities
+
+
+def as_labels(labels: Array, rows: Tensor, name: str = "labels") -> Tensor:
+    """Checked class labels as `(N,)` int64 on the device of the probabilities.
+
+    Args:
+        labels: `(N,)` integers in [0, C).
+        rows: the checked probabilities `(N, C)` that the labels belong to.
+        name: what the caller names the labels, for the error.
+
+    Returns:
+        The labels `(N,)`.
+
+    Raises:
+        TypeError: the labels are not integers.
+        ValueError: their shape is not `(N,)`, or one of them is outside [0, C).
+    """
+    given = as_tensor(labels)
+    count, classes = rows.shape
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"dtype of {name} is {given.dtype}, expected integers. Convert with {name}.long().")
+    if given.shape != (count,):
+        raise ValueError(
+            f"shape of {name} is {tuple(given.shape)}, expected ({count},), one for each row of "
+            f"probabilities or logits. For one-hot rows pass {name}.argmax(dim=1)."
+        )
+    given = given.to(device=rows.device, dtype=torch.int64)
+    low, high = (int(extreme) for extreme in given.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{name} range from {low} to {high}, expected integers from 0 to {classes - 1} for {classes} "
+            "classes. Number the classes from zero and leave out ignored examples (such as -100)."
+        )
+    return given
+
+
+def as_events(probabilities: Array, occurred: Array) -> tuple[Tensor, Tensor]:
+    """Checked probabilities of one event and whether it occurred, both as `(N,)` float64.
+
+    Args:
+        probabilities: `(N,)` probabilities of the event.
+        occurred: `(N,)` booleans, or integers 0 and 1.
+
+    Returns:
+        The probabilities `(N,)`, and the outcomes `(N,)` as 0.0 and 1.0 on the same device.
+
+    Raises:
+        ValueError: the probabilities are not `(N,)`.
+    """
+    given = as_tensor(probabilities)
+    if given.ndim != 1:
+        raise ValueError(
+            f"shape of probabilities is {tuple(given.shape)}, expected (N,), those of one event. "
+            "Choose a class with probabilities[:, k], or use reliability_curve for the top label."
+        )
+    rows = as_probabilities(given)
+    outcomes = as_tensor(occurred)
+    outcomes = outcomes.to(torch.int64) if outcomes.dtype == torch.bool else outcomes
+    return rows[:, 1].contiguous(), as_labels(outcomes, rows, "occurred").to(torch.float64)
+
+
+def as_scores(scores: Array, name: str) -> Tensor:
+    """Checked real scores as `(N,)` float64.
+
+    Args:
+        scores: `(N,)` finite numbers, N > 0.
+        name: what the caller names the scores, for the error.
+
+    Returns:
+        The scores `(N,)`.
+
+    Raises:
+        ValueError: the shape is not `(N,)` with N > 0, or a score is not finite.
+    """
+    given = as_tensor(scores)
+    _check_floating(given, name)
+    if given.ndim != 1 or given.numel() == 0:
+        raise ValueError(
+            f"shape of {name} is {tuple(given.shape)}, expected (N,) with N > 0, one score per example. "
+            f"Reduce further axes, or flatten them with {name}.reshape(-1)."
+        )
+    infinite = ~given.isfinite()
+    if infinite.any():
+        row = _first(infinite)
+        raise ValueError(f"{name}[{row}] is {given[row].item()}, expected finite scores. Leave it out.")
+    return given.to(torch.float64)
+
+
+def _check_floating(given: Tensor, name: str) -> None:
+    if given.dtype not in SUM_TOLERANCE:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUM_TOLERANCE)
+        raise TypeError(f"dtype of {name} is {given.dtype}, expected one of {known}. Convert with {name}.float().")
+
+
+def _check_table(given: Tensor, name: str) -> None:
+    if given.ndim not in {1, 2} or given.numel() == 0:
+        raise ValueError(
+            f"shape of {name} is {tuple(given.shape)}, expected (N, C), or (N,) or (N, 1) for the positive "
+            f"class, with N > 0. Flatten further axes with {name}.reshape(-1, C)."
+        )
+
+
+def _is_single_column(rows: Tensor) -> bool:
+    return rows.ndim == 1 or rows.shape[1] == 1
+
+
+def _refuse_probabilities(rows: Tensor, tolerance: float) -> NoReturn:
+    infinite, negative = ~rows.isfinite(), rows < 0
+    if infinite.any():
+        row = _first(infinite.any(dim=1))
+        fault = f"contain {rows[infinite][0].item()}, expected finite numbers. Look for overflow in the model"
+    elif negative.any():
+        row = _first(negative.any(dim=1))
+        fault = f"contain {rows[negative][0].item():.6g}, expected none below zero. "
+        fault += "For logits pass logits.softmax(dim=1)"
+    else:
+        row = int((rows.sum(dim=1) - 1).abs().argmax())
+        fault = f"sum to {rows[row].sum().item():.6g}, expected one within {tolerance:g}. "
+        fault += "For logits pass logits.softmax(dim=1), else divide each row by its sum"
+    raise ValueError(f"probabilities of example {row} {fault}. (One column p is read as the two columns 1 - p, p.)")
+
+
+def _first(mask: Tensor) -> int:
+    return int(mask.nonzero()[0])

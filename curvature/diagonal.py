@@ -1,0 +1,79 @@
+"""A diagonal matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature.jacobians import Jacobian
+from lapkit.curvature.operator import SymmetricOperator
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Diagonal(SymmetricOperator):
+    """`diag(values)`.
+
+    Args:
+        values: `(P,)`.
+
+    Example:
+        >>> import torch
+        >>> float(Diagonal(torch.ones(3)).shift(1.0).logdet())
+        2.0794
+    """
+
+    values: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of weights P."""
+        return len(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the entries."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the entries are."""
+        return self.values.device
+
+    def diagonal(self) -> Tensor:
+        """The values."""
+        return self.values
+
+    def inverse_diagonal(self) -> Tensor:
+        """Their reciprocals."""
+        return self.values.reciprocal()
+
+    def logdet(self) -> Tensor:
+        """The sum of their logarithms."""
+        return self.values.log().sum()
+
+    def to(self, dtype: torch.dtype) -> Diagonal:
+        """See `SymmetricOperator.to`."""
+        return Diagonal(self.values.to(dtype))
+
+    def scale(self, factor: Tensor | float) -> Diagonal:
+        """See `SymmetricOperator.scale`."""
+        return Diagonal(self.values * factor)
+
+    def inverse_quadratic(self, jacobian: Jacobian) -> Tensor:
+        """A weighted Gram matrix of the Jacobian, which is not expanded."""
+        return jacobian.weighted_gram(self.values.reciprocal())
+
+    def _shift(self, delta: Tensor) -> Diagonal:
+        return Diagonal(self.values + delta)
+
+    def _matmul(self, vectors: Tensor) -> Tensor:
+        return self.values[:, None] * vectors
+
+    def _inverse_root(self, vectors: Tensor) -> Tensor:
+        return self.values.rsqrt()[:, None] * vectors
+
+    _inverse_root_transpose = _inverse_root

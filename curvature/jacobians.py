@@ -1,0 +1,227 @@
+"""The central object and its algebra: the Jacobian of K output columns in the weights, for each of N examples."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DENSE_LIMIT = 1024  # weights up to which a parameter without Kronecker structure keeps an exact block
+
+
+def summable(tensor: Tensor) -> Tensor:
+    """The tensor in float32 at least: sums of products kept in half precision lose positive definiteness."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+class Jacobian(ABC):
+    """`J[k, n]`: the derivative of column k of example n with respect to P weights, kept in whatever form is small.
+
+    Shapes are written with K columns, N examples, P weights.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int]:
+        """`(K, N, P)`."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """The expanded Jacobian `(K, N, P)`: the oracle of every other method."""
+
+    @abstractmethod
+    def square_sum(self) -> Tensor:
+        """`sum_{k,n} J[k,n]^2`, `(P,)`: with the columns of a likelihood, the diagonal of the GGN."""
+
+    @abstractmethod
+    def weighted_gram(self, weights: Tensor) -> Tensor:
+        """`J_n diag(weights) J_n^T`, `(P,) -> (N, K, K)`: with unit columns, a covariance of the outputs."""
+
+    @abstractmethod
+    def gram(self) -> Tensor:
+        """All inner products `J[k,n] . J[l,m]`, `(K, N, K, N)`: ViViT's Gram matrix, or the neural tangent kernel."""
+
+    @abstractmethod
+    def project(self, vectors: Tensor) -> Tensor:
+        """`J v` for R vectors, `(P, R) -> (K, N, R)`."""
+
+    @abstractmethod
+    def pull_back(self, cotangent: Tensor) -> Tensor:
+        """`sum_{k,n} u[k,n] J[k,n]`, `(K, N) -> (P,)`: `J^T u`."""
+
+    @abstractmethod
+    def split(self, sizes: Sequence[int]) -> Iterator[Jacobian]:
+        """The Jacobians of consecutive groups of weights, of these sizes."""
+
+    def block(self) -> Tensor:
+        """`sum_{k,n} J[k,n] J[k,n]^T`, `(P, P)`: with the columns of a likelihood, the GGN of these weights."""
+        rows = self.to_dense().flatten(0, 1)
+        return rows.T @ rows
+
+
+class LayerJacobian(Jacobian):
+    """The Jacobian of one parameter, which also has second moments for a Kronecker-factored block `B (x) A`.
+
+    The weights are seen as G groups of matrices; B is the second moment of what comes back at the outputs of the
+    layer, A that of what went in. `transposed` layers store their weights as inputs x outputs, so that their block is
+    `A (x) B`.
+    """
+
+    transposed: bool = False
+
+    @abstractmethod
+    def output_moment(self) -> Tensor:
+        """`B = sum_{k,n,t} g g^T`, `(G, O, O)`; adds up over columns and examples."""
+
+    @abstractmethod
+    def sole_cotangent(self) -> Tensor | None:
+        """The cotangent `(K, N, O)` if B is its second moment and nothing else, so that two parameters can share it."""
+
+    @abstractmethod
+    def input_moment(self) -> tuple[Tensor, int]:
+        """`sum_{n,t} a a^T`, `(G, I, I)`, and the number of examples and positions summed; the same for all columns."""
+
+    @abstractmethod
+    def rotate(self, left: Tensor, right: Tensor) -> LayerJacobian:
+        """`J (left (x) right)`, in a Kronecker basis of the weights: `(G, R, R)`, `(G, C, C)`, rows first as stored."""
+
+
+@dataclass(frozen=True, eq=False)
+class DenseJacobian(LayerJacobian):
+    """The expanded form, for biases, scales and whatever has no closed form.
+
+    Args:
+        values: `(K, N, P)`.
+    """
+
+    values: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(K, N, P)`."""
+        return tuple(self.values.shape)  # type: ignore[return-value]
+
+    def to_dense(self) -> Tensor:
+        """The values themselves."""
+        return self.values
+
+    def square_sum(self) -> Tensor:
+        """See `Jacobian.square_sum`."""
+        return self.values.square().sum((0, 1))
+
+    def weighted_gram(self, weights: Tensor) -> Tensor:
+        """See `Jacobian.weighted_gram`."""
+        rows = self.values.movedim(0, 1)
+        return (rows * weights) @ rows.mT
+
+    def gram(self) -> Tensor:
+        """See `Jacobian.gram`."""
+        rows = self.values.flatten(0, 1)
+        return (rows @ rows.T).unflatten(1, self.shape[:2]).unflatten(0, self.shape[:2])
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """See `Jacobian.project`."""
+        return self.values @ vectors
+
+    def pull_back(self, cotangent: Tensor) -> Tensor:
+        """See `Jacobian.pull_back`."""
+        return cotangent.reshape(-1) @ self.values.flatten(0, 1)
+
+    def split(self, sizes: Sequence[int]) -> Iterator[Jacobian]:
+        """See `Jacobian.split`."""
+        yield from (DenseJacobian(part) for part in self.values.split(list(sizes), dim=-1))
+
+    def output_moment(self) -> Tensor:
+        """The exact block, `(1, P, P)`; only its diagonal, `(P, 1, 1)`, for more than `DENSE_LIMIT` weights."""
+        if self.values.shape[-1] > DENSE_LIMIT:
+            return self.square_sum()[:, None, None]
+        return self.block()[None]
+
+    def sole_cotangent(self) -> Tensor | None:
+        """The values, where they have an exact block."""
+        return self.values if self.values.shape[-1] <= DENSE_LIMIT else None
+
+    def input_moment(self) -> tuple[Tensor, int]:
+        """Ones: nothing but the outputs' moment is kept."""
+        _, examples, size = self.shape
+        groups = size if size > DENSE_LIMIT else 1
+        return self.values.new_full((groups, 1, 1), examples), examples
+
+    def rotate(self, left: Tensor, right: Tensor) -> DenseJacobian:
+        """See `LayerJacobian.rotate`; for exact blocks `right` is one by one."""
+        values = self.values.unflatten(-1, (*left.shape[:2], right.shape[1]))
+        return DenseJacobian(torch.einsum("kngij,gir,gjs->kngrs", values, left, right).flatten(2))
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkJacobian(Jacobian):
+    """The Jacobians of several parameters side by side, in flat order.
+
+    Args:
+        parts: one for each parameter, with the same columns and examples.
+
+    Raises:
+        ValueError: if columns or examples differ.
+    """
+
+    parts: tuple[Jacobian, ...]
+
+    def __post_init__(self) -> None:
+        if len({part.shape[:2] for part in self.parts}) != 1:
+            raise ValueError(f"Parts must share columns and examples, got {[p.shape for p in self.parts]}.")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of weights of each part."""
+        return [part.shape[2] for part in self.parts]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(K, N, P)`."""
+        return (*self.parts[0].shape[:2], sum(self.sizes))
+
+    def to_dense(self) -> Tensor:
+        """See `Jacobian.to_dense`."""
+        return torch.cat([part.to_dense() for part in self.parts], dim=-1)
+
+    def square_sum(self) -> Tensor:
+        """See `Jacobian.square_sum`."""
+        return torch.cat([part.square_sum() for part in self.parts])
+
+    def weighted_gram(self, weights: Tensor) -> Tensor:
+        """See `Jacobian.weighted_gram`."""
+        pieces = zip(self.parts, weights.split(self.sizes), strict=True)
+        return torch.stack([part.weighted_gram(w) for part, w in pieces]).sum(0)
+
+    def gram(self) -> Tensor:
+        """See `Jacobian.gram`."""
+        return torch.stack([part.gram() for part in self.parts]).sum(0)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """See `Jacobian.project`."""
+        pieces = zip(self.parts, vectors.split(self.sizes), strict=True)
+        return torch.stack([part.project(v) for part, v in pieces]).sum(0)
+
+    def pull_back(self, cotangent: Tensor) -> Tensor:
+        """See `Jacobian.pull_back`."""
+        return torch.cat([part.pull_back(cotangent) for part in self.parts])
+
+    def split(self, sizes: Sequence[int]) -> Iterator[Jacobian]:
+        """Whole parts, gathered until each size is reached.
+
+        Raises:
+            ValueError: if a size ends inside a part, or the sizes do not add up to P.
+        """
+        if sum(sizes) != sum(self.sizes):
+            raise ValueError(f"Groups of {list(sizes)} weights do not make up parts of {self.sizes}.")
+        parts = iter(self.parts)
+        for size in sizes:
+            group: list[Jacobian] = []
+            while sum(part.shape[2] for part in group) < size:
+                group.append(next(parts))
+            if sum(part.shape[2] for part in group) != size:
+                raise ValueError(f"Cannot cut parts of {self.sizes} weights into groups of {list(sizes)}.")
+            yield group[0] if len(group) == 1 else NetworkJacobian(tuple(group))

@@ -1,0 +1,157 @@
+"""Which weights are random, in which order, and how a model is borrowed while they are looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The chosen weights of a model, in the one flat order that everything in lapkit uses.
+
+    The order is that of `model.named_parameters()`, each tensor flattened row-major: what
+    `torch.nn.utils.parameters_to_vector` gives for the same tensors.
+
+    Args:
+        names: qualified names, as in `model.named_parameters()`.
+        tensors: the parameters themselves, not copies.
+
+    Raises:
+        ValueError: if there is no parameter, or names and tensors do not pair up.
+
+    Example:
+        >>> from torch import nn
+        >>> Parameters.of(nn.Linear(3, 2)).numel
+        8
+    """
+
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.tensors):
+            raise ValueError(f"{len(self.names)} names for {len(self.tensors)} tensors; they must pair up.")
+        if not self.names:
+            raise ValueError(
+                "No parameter is selected: the model has none with requires_grad=True in the chosen subset. "
+                "Unfreeze some with parameter.requires_grad_(True), or choose another subset."
+            )
+
+    @classmethod
+    def of(cls, model: nn.Module, names: Iterable[str] | None = None) -> Parameters:
+        """The trainable parameters of `model`, or those of them that `names` picks.
+
+        Args:
+            model: any module; parameters with `requires_grad=False` are left out.
+            names: names of parameters or of modules (which stand for all parameters inside); None means all.
+
+        Returns:
+            The selection, in the model's own order.
+
+        Raises:
+            ValueError: if nothing is left, or a name picks nothing that can be trained.
+        """
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if names is None:
+            return cls(tuple(trainable), tuple(trainable.values()))
+        wanted = list(names)
+        chosen = [n for n in trainable if any(n == w or n.startswith(f"{w}.") for w in wanted)]
+        unmatched = [w for w in wanted if not any(n == w or n.startswith(f"{w}.") for n in trainable)]
+        if unmatched:
+            raise ValueError(
+                f"{unmatched} name no trainable parameter or module of this model. Trainable are {list(trainable)}."
+            )
+        return cls(tuple(chosen), tuple(trainable[n] for n in chosen))
+
+    def subset(self, keep: Iterable[bool]) -> Parameters:
+        """The parameters for which `keep`, one flag for each, is true."""
+        pairs = [pair for pair, k in zip(zip(self.names, self.tensors, strict=True), keep, strict=True) if k]
+        return Parameters(tuple(n for n, _ in pairs), tuple(p for _, p in pairs))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of weights in each tensor."""
+        return tuple(p.numel() for p in self.tensors)
+
+    @property
+    def numel(self) -> int:
+        """Number of weights P in all."""
+        return sum(self.sizes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of the weights."""
+        return self.tensors[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.tensors[0].device
+
+    def vector(self) -> Tensor:
+        """A detached copy of the weights as one vector `(P,)`."""
+        return torch.cat([p.detach().reshape(-1) for p in self.tensors])
+
+    def split(self, vector: Tensor) -> Mapping[str, Tensor]:
+        """Views of `vector`, shape `(..., P)`, by name and in each parameter's own shape `(..., *shape)`.
+
+        Raises:
+            ValueError: if the last axis of `vector` is not of length P.
+        """
+        if vector.shape[-1] != self.numel:
+            raise ValueError(f"Expected a last axis of length {self.numel}, got shape {tuple(vector.shape)}.")
+        parts = vector.split(self.sizes, dim=-1)
+        return {
+            name: part.unflatten(-1, p.shape) if p.ndim else part.squeeze(-1)
+            for name, part, p in zip(self.names, parts, self.tensors, strict=True)
+        }
+
+    def check_finite(self) -> None:
+        """Refuse weights that training has destroyed.
+
+        Raises:
+            ValueError: if a selected parameter holds NaN or infinity.
+        """
+        bad = [n for n, p in zip(self.names, self.tensors, strict=True) if not torch.isfinite(p).all()]
+        if bad:
+            raise ValueError(
+                f"Parameters {bad} hold NaN or infinite values: training has diverged. "
+                "Train again (a smaller learning rate helps) before fitting."
+            )
+
+
+@contextmanager
+def borrowed(model: nn.Module, parameters: Parameters) -> Iterator[None]:
+    """The model in eval mode with only `parameters` requiring gradients; as it was afterwards, whatever happens.
+
+    Modes of every submodule, `requires_grad` of every parameter and the buffers are restored, also after an
+    exception. Frozen weights keep the tape short: it begins where the selection begins.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    buffers = [(name, b, b.detach().clone(), b._version) for name, b in model.named_buffers()]
+    chosen = {id(p) for p in parameters.tensors}
+    try:
+        for module, _ in modes:
+            module.training = False
+        for p, _ in flags:
+            p.requires_grad_(id(p) in chosen)
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        with torch.no_grad():
+            for name, buffer, value, version in buffers:
+                if buffer._version != version:
+                    buffer.copy_(value)
+                if model.get_buffer(name) is not buffer:  # the forward pass put another tensor in its place
+                    owner, _, attribute = name.rpartition(".")
+                    setattr(model.get_submodule(owner), attribute, buffer)

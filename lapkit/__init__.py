@@ -1,0 +1,6 @@
+"""Laplace approximations for PyTorch: a trained network in, uncertainty, evidence and a pruned network out."""
+
+from lapkit.laplace import Laplace
+from lapkit.version import __version__
+
+__all__ = ["Laplace", "__version__"]

@@ -1,0 +1,46 @@
+"""The Laplace approximation of the log marginal likelihood, a pure function of a fit and its hyper-parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature.likelihoods import Likelihood
+from lapkit.posteriors.fit import Fit
+from lapkit.posteriors.priors import GaussianPrior
+
+
+def log_det_posterior(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, temperature: float = 1.0) -> Tensor:
+    """`log det(scale * H + diag(delta))`, as `P log(scale) + log det(H + diag(delta) / scale)`.
+
+    In this form what a structure knows of H (its eigenvalues) serves for every scale and every scalar prior.
+    """
+    scale = torch.as_tensor(fit.curvature_scale(likelihood, temperature), dtype=fit.curvature.dtype)
+    shift = prior.shift(fit.parameters) / scale
+    return fit.curvature.size * scale.log() + fit.curvature.shifted_logdet(shift)
+
+
+def log_evidence(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, temperature: float = 1.0) -> Tensor:
+    """`log p(D) ~ log p(D|w*) - [(w* - m)^T P0 (w* - m) + log det P - log det P0] / 2`, in nats.
+
+    The factors `(2 pi)^(P/2)` of the prior and of the Gaussian integral cancel.
+
+    Args:
+        fit: curvature, loss and mode w*.
+        likelihood: with its noise, if it has one.
+        prior: with mean m and precision P0; P is the posterior's precision.
+        temperature: of the likelihood.
+
+    Returns:
+        A number, differentiable in the prior precision, the noise and the temperature.
+
+    Reference:
+        MacKay, A practical Bayesian framework for backpropagation networks, 1992, eq. (2.10); Dangel, Backpropagation
+        Beyond the Gradient, eq. (2.19) and (3.32).
+    """
+    complexity = (
+        prior.scatter(fit.parameters, fit.mean)
+        + log_det_posterior(fit, likelihood, prior, temperature)
+        - prior.logdet(fit.parameters)
+    )
+    return fit.log_likelihood(likelihood, temperature) - complexity / 2

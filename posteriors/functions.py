@@ -1,0 +1,85 @@
+"""What a Gaussian over weights says about the network's outputs: the linearised model's Gaussian over functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature.engine import Engine
+from lapkit.curvature.inputs import can_be_cut, map_tensors
+from lapkit.curvature.operator import SymmetricOperator
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionDistribution:
+    """Independent Gaussians over the outputs f of N inputs; of f, not of y: no observation noise is in it.
+
+    Args:
+        mean: `(N, C)`.
+        covariance: `(N, C, C)`.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variances, `(N, C)`."""
+        return self.covariance.diagonal(dim1=-2, dim2=-1)
+
+    def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of the outputs, independent between inputs, `(S, N, C)`.
+
+        Args:
+            n_samples: how many, S.
+            generator: the only source of randomness.
+
+        Returns:
+            `mean + root epsilon`, with a root that also exists where the covariance is singular.
+        """
+        noise = torch.randn(
+            (n_samples, *self.mean.shape), generator=generator, dtype=self.mean.dtype, device=self.mean.device
+        )
+        return self.mean + torch.einsum("ncd,snd->snc", _root(self.covariance), noise)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """`B` with `B B^T = covariance`: Cholesky, or eigenvectors where it is singular (a dead unit)."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed.any():
+        return factor
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp_min(0).sqrt()[..., None, :]
+
+
+def linearized(engine: Engine, x: Any, precision: SymmetricOperator) -> FunctionDistribution:
+    """The distribution of `f(x) + J(x) (w - w*)` for weights `w ~ N(w*, P^{-1})`: `N(f(x), J P^{-1} J^T)`.
+
+    Batches whose Jacobians would not fit into the engine's memory budget are cut into pieces, where the inputs are
+    tensors.
+
+    Args:
+        engine: the model at w*; inside `borrowed`.
+        x: inputs.
+        precision: P, over the engine's parameters.
+
+    Returns:
+        The outputs' distribution.
+
+    Reference:
+        Immer, Korzepa, Bauer, Improving predictions of Bayesian neural nets via local linearization, 2021, eq. (10).
+    """
+    backprop = engine(x)
+    examples = backprop.examples
+    step = backprop.examples_per_piece()
+    if step < examples and can_be_cut(x, examples):
+        pieces = [
+            linearized(engine, map_tensors(lambda t, s=start: t[s : s + step], x), precision)  # type: ignore[misc]
+            for start in range(0, examples, step)
+        ]
+        return FunctionDistribution(torch.cat([p.mean for p in pieces]), torch.cat([p.covariance for p in pieces]))
+    covariance = precision.inverse_quadratic(backprop.jacobian())
+    return FunctionDistribution(backprop.output.detach(), (covariance + covariance.mT) / 2)

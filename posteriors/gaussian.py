@@ -1,0 +1,87 @@
+"""The Gaussian over the weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature.likelihoods import Likelihood
+from lapkit.curvature.operator import SymmetricOperator
+from lapkit.posteriors.fit import Fit
+from lapkit.posteriors.priors import GaussianPrior
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPosterior:
+    """`N(mean, precision^{-1})`.
+
+    Args:
+        mean: `(P,)`.
+        precision: positive definite, of size P.
+
+    Raises:
+        ValueError: if sizes differ.
+
+    Example:
+        >>> import torch
+        >>> from lapkit.curvature import Diagonal
+        >>> GaussianPosterior(torch.zeros(2), Diagonal(torch.ones(2))).log_prob(torch.zeros(2))
+        tensor(-1.8379)
+
+    Reference:
+        Dangel, Backpropagation Beyond the Gradient, eq. (3.32).
+    """
+
+    mean: Tensor
+    precision: SymmetricOperator
+
+    def __post_init__(self) -> None:
+        if self.mean.shape != (self.precision.size,):
+            raise ValueError(f"Mean {tuple(self.mean.shape)} and precision of size {self.precision.size} do not match.")
+
+    def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
+        """Draws `mean + R^T epsilon` with `R^T R = precision^{-1}`, `(S, P)`.
+
+        Args:
+            n_samples: how many, S.
+            generator: the only source of randomness.
+
+        Returns:
+            One draw a row.
+        """
+        shape = (len(self.mean), n_samples)
+        noise = torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
+        return self.mean + self.precision.inverse_root_transpose(noise).T
+
+    def log_prob(self, weights: Tensor) -> Tensor:
+        """The normalised log density at weights `(P,)`, or at several `(S, P)`."""
+        deviation = (weights - self.mean).reshape(-1, len(self.mean))
+        scatter = (deviation.T * self.precision.matmul(deviation.T)).sum(0)
+        constant = self.precision.logdet() - len(self.mean) * math.log(2 * math.pi)
+        return ((constant - scatter) / 2).reshape(weights.shape[:-1])
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variances of the weights, `(P,)`."""
+        return self.precision.inverse_diagonal()
+
+
+def laplace_posterior(
+    fit: Fit, likelihood: Likelihood, prior: GaussianPrior, temperature: float = 1.0
+) -> GaussianPosterior:
+    """The Laplace approximation `N(MAP, (scale * H + diag(prior precision))^{-1})`.
+
+    Args:
+        fit: curvature H and mode.
+        likelihood: whose precision scales the curvature.
+        prior: Gaussian.
+        temperature: of the likelihood, `p(y|f)^(1/T)`; below one makes the posterior colder.
+
+    Returns:
+        The posterior over the fitted weights.
+    """
+    scaled = fit.curvature.scale(fit.curvature_scale(likelihood, temperature))
+    return GaussianPosterior(fit.mean, scaled.shift(prior.shift(fit.parameters)))
