@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from lapkit.curvature.backprop import Backprop, Plan
-from lapkit.curvature.inputs import shapes_of_one, tensors
+from lapkit.curvature.inputs import map_tensors, shapes_of_one, tensors
 from lapkit.curvature.jacobians import NetworkJacobian
-from lapkit.curvature.layout import Layout, Probe, resolve
+from lapkit.curvature.layout import Layout, Probe, probe, resolve
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.parameters import Parameters
 from lapkit.curvature.tape import Graph, Use
 from lapkit.curvature.verify import check_examples_apart, contraction_errors
+
+Layouts = dict[Node, dict[int, Layout]]
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,18 @@ class _Known:
     uses: tuple[tuple[str, int, int], ...]
     layouts: dict[int, dict[int, Layout]]
     together: bool
+
+    @classmethod
+    def of(cls, graph: Graph, uses: Sequence[Use], layouts: Layouts, *, together: bool) -> _Known:
+        """What to remember of `graph`."""
+        index = {node: i for i, node in enumerate(graph.nodes)}
+        places = tuple((use.parameter, index[use.node], use.slot) for use in uses)
+        return cls(places, {index[node]: layout for node, layout in layouts.items()}, together)
+
+    def found_in(self, graph: Graph) -> tuple[list[Use], Layouts]:
+        """The same uses and layouts in another graph with the same signature."""
+        uses = [Use(parameter, graph.nodes[i], slot) for parameter, i, slot in self.uses]
+        return uses, {graph.nodes[i]: layout for i, layout in self.layouts.items()}
 
 
 class Engine:
@@ -65,20 +81,15 @@ class Engine:
         key = (graph.signature(), tuple(output.shape[1:]), len(output) == 1, shapes_of_one(x, len(output)))
         known = self._known.get(key)
         if known is not None:
-            return self._recall(output, graph, known)
-        check_examples_apart(self.model, x, output, lambda z: forward(self.model, z, self.parameters))
-        uses, found = resolve(graph, output, self.parameters.tensors)
+            backprop = Backprop(output, graph, *known.found_in(graph), self.parameters, self.budget)
+            backprop.may_batch = known.together
+            return backprop
+        uses, found = self._resolve_one(x, output, graph) or self._resolve(x, output, graph)
         layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
         backprop = Backprop(output, graph, uses, layouts, self.parameters, self.budget)
-        together = self._verify(backprop, found)
-        backprop.may_batch = together
-        if (found.certain or len(output) == 1) and not graph.routes_by_data():
-            index = {node: i for i, node in enumerate(graph.nodes)}
-            self._known[key] = _Known(
-                tuple((u.parameter, index[u.node], u.slot) for u in uses),
-                {index[node]: layout for node, layout in layouts.items()},
-                together,
-            )
+        backprop.may_batch = self._verify(backprop, found)
+        if len(output) == 1 or (found.certain and not graph.routes_by_data()):
+            self._known[key] = _Known.of(graph, uses, layouts, together=backprop.may_batch)
         return backprop
 
     def jacobian(self, x: Any) -> tuple[Tensor, NetworkJacobian]:
@@ -93,12 +104,30 @@ class Engine:
         backprop = self(x)
         return backprop.output.detach(), backprop.jacobian()
 
-    def _recall(self, output: Tensor, graph: Graph, known: _Known) -> Backprop:
-        uses = [Use(parameter, graph.nodes[i], slot) for parameter, i, slot in known.uses]
-        layouts = {graph.nodes[i]: layout for i, layout in known.layouts.items()}
-        backprop = Backprop(output, graph, uses, layouts, self.parameters, self.budget)
-        backprop.may_batch = known.together
-        return backprop
+    def _resolve(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Probe]:
+        check_examples_apart(self.model, x, output, lambda z: forward(self.model, z, self.parameters))
+        return resolve(graph, output, self.parameters.tensors)
+
+    def _resolve_one(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Probe] | None:
+        """A single example is read as two copies of it would be, if the model runs on them in the same way.
+
+        Alone it would look unmixed everywhere, and its weights could be given another form than those of other batches.
+        """
+        if len(output) != 1:
+            return None
+        two = map_tensors(lambda t: torch.cat([t, t]) if t.ndim > 0 and len(t) == 1 else t, x)
+        try:
+            twice = forward(self.model, two, self.parameters)
+            other = Graph(twice, self.parameters)
+            if len(twice) != 2 or other.signature() != graph.signature():
+                return None
+            uses, found = resolve(other, twice, self.parameters.tensors)
+        except (RuntimeError, ValueError):  # a model for one example at a time
+            return None
+        layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
+        uses, layouts = _Known.of(other, uses, layouts, together=False).found_in(graph)
+        alone = probe(output, layouts, self.parameters.tensors, graph)
+        return uses, replace(alone, layouts={**layouts})
 
     def _verify(self, backprop: Backprop, found: Probe) -> bool:
         """Whether columns may go together, checked against autograd; one by one is the last resort.

@@ -20,22 +20,29 @@ from lapkit.curvature.tape import Graph, Use
 
 @dataclass(frozen=True)
 class Layout:
-    """Examples along one axis of a tensor, in blocks (0 0 1 1 2 2) or interleaved (0 1 2 0 1 2)."""
+    """Examples along one axis of a tensor: in blocks (0 0 1 1), interleaved (0 1 0 1) or both (0 0 1 1 0 0 1 1).
+
+    Args:
+        axis: which one.
+        rounds: how often the row of examples is repeated: once for blocks, None for as often as there are positions.
+    """
 
     axis: int
-    interleaved: bool
+    rounds: int | None = 1
 
     def owners(self, length: int, examples: int) -> Tensor:
         """The example that each of `length` positions along the axis belongs to."""
         index = torch.arange(length)
-        return index % examples if self.interleaved else index // (length // examples)
+        return index % examples if self.rounds is None else index // (length // self.rounds // examples) % examples
 
     def canonical(self, tensor: Tensor, examples: int) -> Tensor:
         """`(K, *shape)` to `(K, N, R, *rest)`: the axis of the examples first, with R positions an example."""
         moved = tensor.movedim(self.axis + 1, 1)
-        if self.interleaved:
+        if self.rounds is None:
             return moved.unflatten(1, (-1, examples)).transpose(1, 2)
-        return moved.unflatten(1, (examples, -1))
+        if self.rounds == 1:
+            return moved.unflatten(1, (examples, -1))
+        return moved.unflatten(1, (self.rounds, examples, -1)).transpose(1, 2).flatten(2, 3)
 
 
 @dataclass(frozen=True)
@@ -119,22 +126,28 @@ def _collect(
 
 def _candidates(one: Tensor, two: Tensor, factors: Tensor) -> list[Layout]:
     """The layouts under which `two` is `one` scaled by each example's factor; the same layout twice counts once."""
-    found: list[Layout] = []
     examples = len(factors)
     if one.numel() == 0:  # such as an expert that no example is sent to
-        return found
+        return []
     # Powers of two scale exactly; what is allowed for is another order of summation.
     tolerance = min(1e3 * torch.finfo(one.dtype).eps, 0.02) * two.abs().max()
-    for axis, length in enumerate(one.shape):
-        if length % examples:
-            continue
-        for interleaved in (False, True) if length > examples > 1 else (False,):
-            layout = Layout(axis, interleaved)
-            owner = layout.owners(length, examples).to(factors.device)
-            scale = factors[owner].reshape(-1, *[1] * (one.ndim - axis - 1))
-            if ((two - one * scale).abs() <= tolerance).all():
-                found.append(layout)
-    return found
+
+    def fits(layout: Layout) -> bool:
+        owner = layout.owners(one.shape[layout.axis], examples).to(factors.device)
+        scale = factors[owner].reshape(-1, *[1] * (one.ndim - layout.axis - 1))
+        return bool(((two - one * scale).abs() <= tolerance).all())
+
+    positions = {axis: length // examples for axis, length in enumerate(one.shape) if length % examples == 0}
+    simple = [
+        Layout(axis, rounds)
+        for axis, each in positions.items()
+        for rounds in ((1, None) if each > 1 and examples > 1 else (1,))
+    ]
+    found = [layout for layout in simple if fits(layout)]
+    if found:
+        return found
+    between = (Layout(axis, r) for axis, each in positions.items() for r in range(2, each) if each % r == 0)
+    return [layout for layout in between if fits(layout)]
 
 
 def resolve(graph: Graph, output: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Use], Probe]:

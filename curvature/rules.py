@@ -83,7 +83,7 @@ def _left_operand(
     flipped = _orientation(use, parameter, leaf)
     a = saved(use.node, "mat2")
     if examples == 1:  # any axis holds a single example; all batches should come out in the same form
-        layout = Layout(axis=1, interleaved=False)
+        layout = Layout(axis=1)
     if flipped is None or a is None or layout.axis != 1:
         return None
     a = summable(layout.canonical(a.detach()[None], examples)[0]).unsqueeze(2)
@@ -164,7 +164,7 @@ def _broadcast(
     def jacobian(c: Tensor) -> DenseJacobian:
         rest = own[: layout.axis] + own[layout.axis + 1 :]
         values = summable(layout.canonical(c, examples))  # (K, N, R, *rest)
-        values = values.sum(2) if values.shape[2] > 1 else values.squeeze(2)  # a view where there is nothing to sum
+        values = values.squeeze(2) if values.shape[2] == 1 else values.sum(2)  # a view where there is nothing to sum
         values = values.sum_to_size(*values.shape[:2], *rest)
         values = values.flatten(2) if rest else values[..., None]
         return DenseJacobian(values if scale == 1 else scale * values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, islice
 from operator import length_hint
 from typing import Any
 
@@ -35,6 +35,7 @@ from lapkit.curvature import (
 from lapkit.curvature.accumulate import EMPTY
 from lapkit.curvature.engine import forward
 from lapkit.curvature.inputs import to_device, unpack
+from lapkit.curvature.jacobians import summable
 from lapkit.posteriors import (
     Fit,
     FunctionDistribution,
@@ -53,6 +54,7 @@ LIKELIHOODS = {"classification": Categorical, "regression": Gaussian, "binary": 
 STRUCTURES = {"diag": GGNDiagonal, "kron": GGNKronecker, "blockdiag": GGNBlocks, "full": GGNDense}
 CURVATURES: dict[str, Columns] = {"ggn": GGN(), "mc": MonteCarloGGN(), "ef": EmpiricalFisher()}
 PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _choice(table: Any, key: Any, what: str) -> Any:
@@ -61,9 +63,13 @@ def _choice(table: Any, key: Any, what: str) -> Any:
     return table[key] if isinstance(table, dict) else key
 
 
-def _sums(model: nn.Module) -> list[Tensor]:
-    """One number for each parameter, in which training of weights that are not copied into the fit shows."""
-    return [p.detach().sum() for p in model.parameters()]
+def _fingerprint(model: nn.Module) -> list[int]:
+    """One number for each parameter, in which training of weights that are not copied into the fit shows.
+
+    The bits are summed as integers, whose sum does not depend on the order, so not on threads and devices either.
+    """
+    real = [torch.view_as_real(p) if p.is_complex() else p for p in model.parameters()]
+    return [int(p.detach().view(_INTEGERS[p.element_size()]).sum()) for p in real]
 
 
 class Laplace:
@@ -138,7 +144,7 @@ class Laplace:
         self._select()  # a subset that names nothing is an error now, not when data come
         self._fit: Fit | None = None
         self._engine: Engine | None = None
-        self._sums: list[Tensor] = []
+        self._fitted_to: list[int] = []
         self._posterior: tuple[tuple[Any, ...], GaussianPosterior] | None = None
 
     @staticmethod
@@ -188,10 +194,10 @@ class Laplace:
         batches = iter(train_loader)
         parameters, data = self._select(), batches
         if parameters is None:
-            first = next(batches, None)
-            if first is None:
+            first = list(islice(batches, 1))
+            if not first:
                 raise ValueError(EMPTY)
-            parameters, data = self._find_last_layer(first), chain([first], batches)
+            parameters, data = self._find_last_layer(first[0]), chain(first, batches)
         self.prior.shift(parameters)  # a prior of impossible length is an error before the work, not after
         self.prior.centre(parameters)
         quantity = self.structure(parameters)
@@ -209,7 +215,7 @@ class Laplace:
         )
         self._fit = Fit(
             parameters=parameters,
-            mean=parameters.vector(),
+            mean=summable(parameters.vector()),
             curvature=quantity.result(),
             loss=totals.loss,
             count=totals.count,
@@ -217,7 +223,7 @@ class Laplace:
             dispersion_power=self.columns.dispersion_power,
         )
         self._engine = Engine(self.model, parameters, memory_budget=self.memory_budget)
-        self._sums = _sums(self.model)
+        self._fitted_to = _fingerprint(self.model)
         return self
 
     def _find_last_layer(self, batch: Any) -> Parameters:
@@ -395,9 +401,8 @@ class Laplace:
 
     def _checked_engine(self) -> Engine:
         assert self._engine is not None  # `fitted` has been asked before
-        sums = _sums(self.model)
-        same = len(sums) == len(self._sums) and all(map(torch.equal, sums, self._sums))
-        if not (same and torch.equal(self._engine.parameters.vector(), self.fitted.mean)):
+        same = _fingerprint(self.model) == self._fitted_to
+        if not (same and torch.equal(summable(self._engine.parameters.vector()), self.fitted.mean)):
             raise RuntimeError(
                 "The network's weights are not those that were fitted: it was trained or loaded since. Call fit again."
             )
@@ -454,7 +459,7 @@ class Laplace:
             mean, jacobian = engine.jacobian(to_device(x, engine.parameters.device))
         rows = jacobian.to_dense().transpose(0, 1).flatten(0, 1)  # (N C, P)
         half = precision.inverse_root(rows.T)
-        return mean.flatten(), half.T @ half
+        return summable(mean.flatten()), half.T @ half
 
     def predictive_distribution(self, x: Any) -> Distribution:
         """`p(y|x)` in closed form, observation noise included.

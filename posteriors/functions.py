@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lapkit.curvature.engine import Engine
 from lapkit.curvature.inputs import can_be_cut, map_tensors
+from lapkit.curvature.jacobians import summable
 from lapkit.curvature.operator import SymmetricOperator
 
 
@@ -82,4 +83,4 @@ def linearized(engine: Engine, x: Any, precision: SymmetricOperator) -> Function
         ]
         return FunctionDistribution(torch.cat([p.mean for p in pieces]), torch.cat([p.covariance for p in pieces]))
     covariance = precision.inverse_quadratic(backprop.jacobian())
-    return FunctionDistribution(backprop.output.detach(), (covariance + covariance.mT) / 2)
+    return FunctionDistribution(summable(backprop.output.detach()), (covariance + covariance.mT) / 2)

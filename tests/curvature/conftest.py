@@ -1,0 +1,404 @@
+"""The networks of the contract tests, the slow Jacobian, and a fixture that sees whether a model comes back as it was.
+
+A further network is one more decorated function: it returns the module and a function from a number of examples
+to inputs. All are small, because every one is compared with Jacobians computed one example at a time.
+"""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
+
+NETWORKS = {}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These tensors are tiny: a second thread costs more than it brings, and far more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def add(build):
+    NETWORKS[build.__name__] = build
+    return build
+
+
+@pytest.fixture
+def slow_jacobian():
+    """d f(x_n) / d theta, (N, C, P), by plain autograd: one example, one output at a time.
+
+    `oracles.jacobian` is the same through functorch, which custom functions refuse and scalar parameters break.
+    """
+
+    def jacobian(model, x):
+        model = copy.deepcopy(model).eval()
+        weights = [p for p in model.parameters() if p.requires_grad]
+
+        def row(output):
+            return torch.cat([g.flatten() for g in torch.autograd.grad(output, weights, retain_graph=True)])
+
+        return torch.stack([torch.stack([row(f) for f in model(one[None]).flatten()]) for one in x])
+
+    return jacobian
+
+
+def _bits(tensor):
+    return None if tensor is None else (tensor.dtype, tensor.detach().clone().reshape(-1).view(torch.uint8).tolist())
+
+
+def _state(model):
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    modules = dict(model.named_modules())
+    return {
+        "values": {name: (id(t), _bits(t)) for name, t in tensors.items()},
+        "gradients": {name: (id(t.grad), _bits(t.grad)) for name, t in tensors.items() if t.is_leaf},
+        "requires_grad": {name: t.requires_grad for name, t in tensors.items()},
+        "tensor hooks": {name: dict(t._backward_hooks or {}) for name, t in tensors.items()},
+        "training": {name: m.training for name, m in modules.items()},
+        "attributes": {name: sorted(vars(m)) for name, m in modules.items()},
+        "hooks": {name: {k: dict(v) for k, v in vars(m).items() if k.endswith("hooks")} for name, m in modules.items()},
+    }
+
+
+@pytest.fixture
+def unchanged():
+    """A context that demands of a model the same bits, flags, modes and hooks after it, error or not."""
+
+    @contextmanager
+    def guard(model):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.25)
+        before = _state(model)
+        try:
+            yield
+        finally:
+            after = _state(model)
+            assert [part for part in before if before[part] != after[part]] == []
+
+    return guard
+
+
+def gaussian(*shape):
+    return lambda n: torch.randn(n, *shape)
+
+
+class Lambda(nn.Module):
+    """A function of the inputs and of modules or parameters that are registered under their names."""
+
+    def __init__(self, function, **members):
+        super().__init__()
+        for name, member in members.items():
+            setattr(self, name, member)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+@add
+def linear():
+    return nn.Linear(4, 3), gaussian(4)
+
+
+@add
+def mlp():
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3)), gaussian(4)
+
+
+@add
+def identity_inputs_as_many_as_features():
+    return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3)), lambda n: torch.eye(5)[:n]
+
+
+@add
+def in_place_relu():
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)), gaussian(4)
+
+
+@add
+def dead_relu_layer():
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+    nn.init.constant_(net[2].bias, -100.0)
+    return net, gaussian(4)
+
+
+@add
+def residual():
+    return Lambda(
+        lambda m, x: m.head(x + m.skip(m.one(x).tanh()) - 0.5 * m.shift),
+        one=nn.Linear(4, 5),
+        skip=nn.Linear(5, 4),
+        shift=nn.Parameter(torch.randn(4)),
+        head=nn.Linear(4, 3),
+    ), gaussian(4)
+
+
+@add
+def functional_linear():
+    return Lambda(
+        lambda m, x: F.linear(m.one(x).sigmoid(), m.two.weight), one=nn.Linear(4, 5), two=nn.Linear(5, 3, bias=False)
+    ), gaussian(4)
+
+
+@add
+def raw_parameters():
+    """`x @ W`, and `W @ x` on columns of examples."""
+    return Lambda(
+        lambda m, x: (m.left @ (x @ m.right + m.shift).tanh().T).T * m.scale,
+        right=nn.Parameter(torch.randn(4, 5)),
+        shift=nn.Parameter(torch.randn(5)),
+        left=nn.Parameter(torch.randn(3, 5)),
+        scale=nn.Parameter(torch.randn(3)),
+    ), gaussian(4)
+
+
+@add
+def alpha_and_beta():
+    """Scaled sums, in which the factors belong to the operation and not to a tensor."""
+    return Lambda(
+        lambda m, x: torch.addmm(torch.add(m.b, m.c, alpha=2), x, m.w, beta=0.5, alpha=3) - m.d.mul(2),
+        w=nn.Parameter(torch.randn(4, 3)),
+        b=nn.Parameter(torch.randn(3)),
+        c=nn.Parameter(torch.randn(3)),
+        d=nn.Parameter(torch.randn(())),
+    ), gaussian(4)
+
+
+@add
+def conv1d():
+    return nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)), gaussian(
+        2, 7
+    )
+
+
+@add
+def conv2d_stride_dilation_groups():
+    return nn.Sequential(
+        nn.Conv2d(4, 4, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(1, 0), groups=2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(48, 3),
+    ), gaussian(4, 6, 6)
+
+
+@add
+def conv2d_depthwise_same():
+    return nn.Sequential(
+        nn.Conv2d(3, 6, (1, 3), padding="same", groups=3, bias=False),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 3),
+    ), gaussian(3, 4, 4)
+
+
+@add
+def conv2d_circular():
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
+        nn.Tanh(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(12, 3),
+    ), gaussian(2, 4, 4)
+
+
+@add
+def conv3d():
+    return nn.Sequential(
+        nn.Conv3d(2, 2, (2, 3, 2), stride=(1, 2, 1), padding=(0, 1, 1)), nn.Tanh(), nn.Flatten(), nn.Linear(32, 3)
+    ), gaussian(2, 3, 4, 3)
+
+
+@add
+def conv_transposed():
+    return nn.Sequential(
+        nn.ConvTranspose2d(2, 3, 2, stride=2), nn.Tanh(), nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(8, 3)
+    ), gaussian(2, 2, 2)
+
+
+@add
+def batch_norm():
+    net = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.ReLU(inplace=True),
+        nn.Flatten(),
+        nn.Linear(12, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 3),
+    )
+    for norm in (net[1], net[5]):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+    return net, gaussian(2, 4, 4)
+
+
+@add
+def layer_and_group_norm_prelu():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 2),
+        nn.GroupNorm(2, 4),
+        nn.PReLU(4),
+        nn.Flatten(),
+        nn.LayerNorm(16),
+        nn.Linear(16, 3),
+        nn.PReLU(),
+    ), gaussian(2, 3, 3)
+
+
+@add
+def sequence_pooled():
+    return Lambda(lambda m, x: m.head(m.one(x).tanh().mean(1)), one=nn.Linear(3, 4), head=nn.Linear(4, 3)), gaussian(
+        5, 3
+    )
+
+
+@add
+def time_major():
+    """Examples are interleaved: row t N + n belongs to example n."""
+    return Lambda(
+        lambda m, x: m.head(m.one(x.transpose(0, 1)).tanh().sum(0)), one=nn.Linear(3, 4), head=nn.Linear(4, 3)
+    ), gaussian(5, 3)
+
+
+@add
+def examples_in_the_middle():
+    """Rows of the flattened (S, N, T) are blocks of each example, several times over."""
+    return Lambda(
+        lambda m, x: m.head(m.one(x.transpose(0, 1)).tanh().sum((0, 2))), one=nn.Linear(3, 4), head=nn.Linear(4, 3)
+    ), gaussian(2, 3, 3)
+
+
+@add
+def weight_used_twice():
+    shared = nn.Linear(4, 4)
+    return nn.Sequential(shared, nn.Tanh(), shared, nn.Tanh(), nn.Linear(4, 3)), gaussian(4)
+
+
+@add
+def tied_autoencoder():
+    return Lambda(
+        lambda m, x: F.linear(m.one(x).tanh(), m.one.weight.t(), m.shift),
+        one=nn.Linear(3, 5),
+        shift=nn.Parameter(torch.randn(3)),
+    ), gaussian(3)
+
+
+@add
+def embedding_and_attention():
+    return Lambda(
+        lambda m, x: m.head(m.mix(*[m.embed(x)] * 3, need_weights=False)[0].mean(1)),
+        embed=nn.Embedding(7, 4),
+        mix=nn.MultiheadAttention(4, 2, batch_first=True),
+        head=nn.Linear(4, 3),
+    ), lambda n: torch.randint(7, (n, 5))
+
+
+@add
+def attention_weights_asked_for():
+    """The path without a fused kernel, time first."""
+    return Lambda(
+        lambda m, x: m.head(m.mix(*[x.transpose(0, 1)] * 3)[0].mean(0)),
+        mix=nn.MultiheadAttention(4, 2),
+        head=nn.Linear(4, 3),
+    ), gaussian(5, 4)
+
+
+@add
+def scaled_dot_product():
+    def attend(m, x):
+        q, k, v = m.qkv(x).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
+        return m.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
+
+    return Lambda(attend, qkv=nn.Linear(3, 12), head=nn.Linear(4, 3)), gaussian(4, 3)
+
+
+@add
+def transformer_layer():
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=True)
+    return Lambda(lambda m, x: m.head(m.layer(x)[:, 0]), layer=layer, head=nn.Linear(4, 3)), gaussian(3, 4)
+
+
+@add
+def tied_embedding_and_head():
+    embed = nn.Embedding(5, 4)
+    return Lambda(
+        lambda m, x: m.one(m.embed(x).mean(1)).tanh() @ m.embed.weight.T, embed=embed, one=nn.Linear(4, 4)
+    ), lambda n: torch.randint(5, (n, 3))
+
+
+@add
+def weight_norm():
+    return nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)), gaussian(4)
+
+
+@add
+def orthogonal():
+    return nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Tanh(), nn.Linear(4, 3)), gaussian(4)
+
+
+@add
+def merged_low_rank():
+    return Lambda(
+        lambda m, x: m.head(F.linear(x, m.w + m.b @ m.a).tanh()),
+        w=nn.Parameter(torch.randn(5, 4)),
+        b=nn.Parameter(torch.randn(5, 2)),
+        a=nn.Parameter(torch.randn(2, 4)),
+        head=nn.Linear(5, 3),
+    ), gaussian(4)
+
+
+@add
+def lstm():
+    return Lambda(
+        lambda m, x: m.head(m.cell(x)[0][:, -1]), cell=nn.LSTM(2, 3, batch_first=True), head=nn.Linear(3, 3)
+    ), gaussian(3, 2)
+
+
+@add
+def lstm_state():
+    """Read through a state, which is not the first output of a fused kernel."""
+    return Lambda(
+        lambda m, x: m.head(m.cell(x)[1][1][0]), cell=nn.LSTM(2, 3, batch_first=True), head=nn.Linear(3, 3)
+    ), gaussian(3, 2)
+
+
+@add
+def gru():
+    return Lambda(
+        lambda m, x: m.head(m.cell(x)[0].mean(1)),
+        cell=nn.GRU(2, 3, batch_first=True, bidirectional=True),
+        head=nn.Linear(6, 3),
+    ), gaussian(3, 2)
+
+
+@add
+def single_output_vector():
+    """Outputs (N,) count as (N, 1)."""
+    return Lambda(lambda m, x: m.head(m.one(x).tanh())[:, 0], one=nn.Linear(4, 5), head=nn.Linear(5, 1)), gaussian(4)
+
+
+@add
+def bilinear_and_einsum():
+    return Lambda(
+        lambda m, x: torch.einsum("ni,oij,nj->no", x, m.w, x) + m.two(x, x),
+        w=nn.Parameter(torch.randn(3, 2, 2)),
+        two=nn.Bilinear(2, 2, 3),
+    ), gaussian(2)
+
+
+@pytest.fixture(params=NETWORKS)
+def network(request):
+    """A model in eval mode and the function that makes its inputs."""
+    model, inputs = NETWORKS[request.param]()
+    return model.eval(), inputs
