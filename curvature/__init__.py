@@ -5,6 +5,7 @@ Which curvature is a choice of columns `S`, which structure a choice of quantity
 
 from lapkit.curvature.accumulate import Totals, accumulate
 from lapkit.curvature.block_diagonal import BlockDiagonal
+from lapkit.curvature.classification import Bernoulli, Categorical
 from lapkit.curvature.columns import GGN, Columns, EmpiricalFisher, MonteCarloGGN
 from lapkit.curvature.dense import Dense
 from lapkit.curvature.diagonal import Diagonal
@@ -12,7 +13,7 @@ from lapkit.curvature.engine import Engine
 from lapkit.curvature.jacobians import DenseJacobian, Jacobian, LayerJacobian, NetworkJacobian
 from lapkit.curvature.kronecker import Kronecker
 from lapkit.curvature.kronecker_product import KroneckerProduct
-from lapkit.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
+from lapkit.curvature.likelihoods import Gaussian, Likelihood
 from lapkit.curvature.operator import SymmetricOperator
 from lapkit.curvature.outer_product import OuterProduct
 from lapkit.curvature.parameters import Parameters, borrowed

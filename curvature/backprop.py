@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from lapkit.curvature import internals
-from lapkit.curvature.jacobians import DenseJacobian, LayerJacobian, NetworkJacobian, summable
+from lapkit.curvature.jacobians import DenseJacobian, LayerJacobian, NetworkJacobian
 from lapkit.curvature.layout import Layout
+from lapkit.curvature.local import Arrived, local_jacobian, local_pull_back
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.outer_product import OuterProduct, concatenated
 from lapkit.curvature.parameters import Parameters
@@ -25,7 +26,6 @@ from lapkit.curvature.rules import FromCotangent, closed_form
 from lapkit.curvature.tape import Graph, Use
 
 Consume = Callable[[str, LayerJacobian], None]
-Arrived = dict[int, Tensor]  # cotangents (K, *shape) by output number of a node
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Backprop:
         self.may_batch = True  # cleared where an operation fails under vmap
         self.uses: dict[Node, list[Use]] = defaultdict(list)
         self.count: dict[str, int] = defaultdict(int)
+        uses = [use for use in uses if layouts[use.node]]  # autograd knows the others to receive nothing
         for use in uses:
             self.uses[use.node].append(use)
             self.count[use.parameter] += 1
@@ -76,6 +77,14 @@ class Backprop:
             return None
         leaf = self.graph.leaves[use.parameter]
         return closed_form(use, layouts[0], self.examples, self.tensors[use.parameter], leaf, self.budget)
+
+    def local_jacobian(self, use: Use, cotangents: Arrived, *, together: bool) -> DenseJacobian:
+        """One use's Jacobian where there is no closed form."""
+        parameter, leaf = self.tensors[use.parameter], self.graph.leaves[use.parameter]
+        pull_back = local_pull_back(use, parameter, leaf)
+        return local_jacobian(
+            pull_back, self.layouts[use.node], self.examples, cotangents, budget=self.budget, together=together
+        )
 
     def plan(self, columns: int) -> Plan:
         """How to send `columns` of them back, within the budget.
@@ -193,7 +202,7 @@ class _Delivery:
     def finish(self) -> None:
         """What had to wait: inside the engine a node that is called directly sees the running pass's pruning."""
         for use, cotangents in self.later:
-            self._complete(use.parameter, generic_jacobian(self.backprop, use, cotangents, together=self.together))
+            self._complete(use.parameter, self.backprop.local_jacobian(use, cotangents, together=self.together))
         for name in list(self.pending):  # uses that autograd knows to be zero never arrived
             self.consume(name, combined(self.pending.pop(name)))
 
@@ -211,58 +220,3 @@ def combined(uses: Sequence[LayerJacobian]) -> LayerJacobian:
     if len(products) == len(uses) and len({(p.a.shape[2:], p.g.shape[3:], p.transposed) for p in products}) == 1:
         return concatenated(products)
     return DenseJacobian(torch.stack([u.to_dense() for u in uses]).sum(0))
-
-
-def generic_jacobian(backprop: Backprop, use: Use, cotangents: Arrived, *, together: bool) -> DenseJacobian:
-    """The Jacobian through a node's own backward, with the cotangent masked to one example at a time.
-
-    Exact for any operation that does not mix examples.
-    """
-    columns = len(next(iter(cotangents.values())))
-    size = sum(c[0].numel() for c in cotangents.values()) * backprop.output.element_size()
-    step = chunk_length(backprop.examples, 4 * size, backprop.budget)
-    rows = []
-    for k in range(columns):
-        for start in range(0, backprop.examples, step):
-            examples = torch.arange(start, min(start + step, backprop.examples))
-            masked = {o: _masked(backprop, use.node, o, c[k], examples) for o, c in cotangents.items()}
-            rows.append(_vjps(backprop, use, masked, together=together))
-    return DenseJacobian(summable(torch.cat(rows)).unflatten(0, (columns, backprop.examples)))
-
-
-def _masked(backprop: Backprop, node: Node, output: int, cotangent: Tensor, examples: Tensor) -> Tensor:
-    """Copies of a cotangent `(n, *shape)`, each zero outside one example."""
-    layout = backprop.layouts[node][output]
-    owners = layout.owners(cotangent.shape[layout.axis], backprop.examples)
-    mask = (examples[:, None] == owners).to(cotangent)
-    return cotangent * mask.reshape(len(examples), *[1] * layout.axis, -1, *[1] * (cotangent.ndim - layout.axis - 1))
-
-
-def _vjps(backprop: Backprop, use: Use, masked: Arrived, *, together: bool) -> Tensor:
-    """Gradients of the parameter, `(n, P)`, for n masked cotangents of one node."""
-    parameter = backprop.tensors[use.parameter]
-    total = internals.outputs_of(use.node)
-    child, number = use.node.next_functions[use.slot]
-    assert child is not None
-
-    def vjp(given: Arrived) -> Tensor:
-        arguments = tuple(given[o] if o in given else _zeros(use.node, o, parameter) for o in range(total))
-        gradient = internals.local_vjp(use.node, arguments, use.slot)
-        if gradient is None:
-            return torch.zeros_like(parameter)
-        if child is backprop.graph.leaves[use.parameter]:
-            return gradient
-        return torch.autograd.grad(GradientEdge(child, number), parameter, gradient, retain_graph=True)[0]
-
-    if together:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="There is a performance drop")
-            rows = torch.func.vmap(vjp)(masked)
-    else:
-        count = len(next(iter(masked.values())))
-        rows = torch.stack([vjp({o: c[i] for o, c in masked.items()}) for i in range(count)])
-    return rows.reshape(len(rows), -1).detach()  # a parameter may have no axis to flatten
-
-
-def _zeros(node: Node, output: int, like: Tensor) -> Tensor:
-    return torch.zeros(internals.shape_at(node, output), dtype=like.dtype, device=like.device)

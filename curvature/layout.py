@@ -117,7 +117,7 @@ def _collect(
 
     handles = [n.register_prehook(prehook(n)) for n in nodes]
     try:
-        gradients = torch.autograd.grad(output, parameters, cotangent, retain_graph=True)
+        gradients = torch.autograd.grad(output, parameters, cotangent, retain_graph=True, materialize_grads=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -167,9 +167,8 @@ class OuterProduct(LayerJacobian):
     def rotate(self, left: Tensor, right: Tensor) -> LayerJacobian:
         """See `LayerJacobian.rotate`: each factor is rotated by itself, in a basis of its own kind."""
         output, incoming = (right, left) if self.transposed else (left, right)
-        if (len(left), incoming.shape[1]) != self.a.shape[
-            2:
-        ]:  # an exact block, kept where another batch has no factors
+        groups, inputs = self.a.shape[2:]
+        if (len(left), incoming.shape[1]) != (groups, inputs):  # an exact block, where the fit found no factors
             return DenseJacobian(self.to_dense()).rotate(left, right)
         a = torch.einsum("ntgi,gij->ntgj", self.a, incoming)
         g = torch.einsum("kntgo,gop->kntgp", self.g, output)

@@ -82,8 +82,6 @@ def _left_operand(
     """`W x`: columns of x and of the cotangent are examples or positions."""
     flipped = _orientation(use, parameter, leaf)
     a = saved(use.node, "mat2")
-    if examples == 1:  # any axis holds a single example; all batches should come out in the same form
-        layout = Layout(axis=1)
     if flipped is None or a is None or layout.axis != 1:
         return None
     a = summable(layout.canonical(a.detach()[None], examples)[0]).unsqueeze(2)

@@ -42,7 +42,9 @@ def slow_jacobian():
         weights = [p for p in model.parameters() if p.requires_grad]
 
         def row(output):
-            return torch.cat([g.flatten() for g in torch.autograd.grad(output, weights, retain_graph=True)])
+            return torch.cat(
+                [g.flatten() for g in torch.autograd.grad(output, weights, retain_graph=True, materialize_grads=True)]
+            )
 
         return torch.stack([torch.stack([row(f) for f in model(one[None]).flatten()]) for one in x])
 
@@ -169,6 +171,29 @@ def alpha_and_beta():
         c=nn.Parameter(torch.randn(3)),
         d=nn.Parameter(torch.randn(())),
     ), gaussian(4)
+
+
+@add
+def alpha_and_beta_beside_parameters():
+    """The same where the parameter itself is the operand."""
+
+    def forward(m, x):
+        h = torch.addmm(m.b, x, m.w, beta=0.5)
+        return torch.sub(torch.add(h, m.c, alpha=2).tanh(), m.d, alpha=3) + torch.sub(m.e, h, alpha=0.5)
+
+    shifts = {name: nn.Parameter(torch.randn(3)) for name in "bcde"}
+    return Lambda(forward, w=nn.Parameter(torch.randn(4, 3)), **shifts), gaussian(4)
+
+
+@add
+def transposed_views():
+    """All ways to write a transpose, and two that are none."""
+
+    def forward(m, x):
+        one = x @ m.t.t() + x @ m.a.transpose(0, 1) + x @ m.b.transpose(-1, -2) + x @ m.c.mT + x @ m.d.permute(1, 0)
+        return one + x @ m.e.permute(0, 1) + x @ m.f.transpose(1, -1) + (m.g.transpose(0, 1) @ x.T).T
+
+    return Lambda(forward, **{name: nn.Parameter(torch.randn(4, 4)) for name in "tabcdefg"}), gaussian(4)
 
 
 @add

@@ -118,6 +118,7 @@ LAYERS_WITH_FACTORS = {  # networks whose every weight matrix or kernel must kee
     "sequence_pooled": 2,
     "time_major": 2,
     "examples_in_the_middle": 2,
+    "transposed_views": 6,  # permutations and transpositions that change nothing are left to the exact fallback
     "raw_parameters": 2,
     "weight_used_twice": 2,
     "transformer_layer": 5,
@@ -160,6 +161,17 @@ def time_major(m, x):
     return m.two(m.one(x.transpose(0, 1)).tanh().sum(0))
 
 
+def rectified(m, x):
+    return m.two(m.one(x.transpose(0, 1)).relu().sum(0))
+
+
+def filled_with_ones(model):
+    for p in model.parameters():
+        nn.init.ones_(p)
+    nn.init.zeros_(model.one.bias)
+    return model
+
+
 def middle(m, x):
     """Rows (S, N, T), of which S and T change places from one batch to the next."""
     return m.two(m.one(x.transpose(0, 1)).tanh().sum((0, 2)))
@@ -190,6 +202,10 @@ ROUTES = {
     "sequences of length one first": (
         lambda: Model(time_major, one=nn.Linear(2, 3), two=nn.Linear(3, 2)),
         [torch.ones(4, 1, 2).double(), torch.arange(24.0).double().reshape(4, 3, 2).sin()],
+    ),
+    "a batch without any gradient first": (
+        lambda: filled_with_ones(Model(rectified, one=nn.Linear(2, 3), two=nn.Linear(3, 2))),
+        [-torch.ones(2, 3, 2).double(), torch.arange(12.0).double().reshape(2, 3, 2)],
     ),
     "blocks, rounds and both": (
         lambda: Model(middle, one=nn.Linear(2, 3), two=nn.Linear(3, 2)),
@@ -256,7 +272,30 @@ def checkpointed(m, x):
     return m.two(checkpoint(lambda z: m.one(z).tanh(), x, use_reentrant=False))
 
 
+class Blind(torch.autograd.Function):
+    """Passes nothing back, which autograd knows before it computes anything."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
 CUSTOM = {
+    "a parameter without a gradient": lambda: with_layers(
+        lambda m, x: m.two(Blind.apply(m.one(x))) + m.three(x).sin(), three=nn.Linear(3, 2)
+    ),
+    "several operations without a gradient": lambda: with_layers(
+        lambda m, x: m.two(Blind.apply(m.one(x).sin() * m.w)) + m.three(x),
+        three=nn.Linear(3, 2),
+        w=nn.Parameter(torch.ones(4)),
+    ),
+    "one of two uses without a gradient": lambda: with_layers(
+        lambda m, x: m.two(m.one(x).sin() + Blind.apply(m.one(x.flip(1))))
+    ),
     "custom function": lambda: with_layers(lambda m, x: m.two(Cube.apply(m.one(x)))),
     "custom function of a parameter": lambda: with_layers(
         lambda m, x: m.two(ScaledBy.apply(m.one(x), m.w)), w=nn.Parameter(torch.randn(4))
@@ -269,6 +308,9 @@ UNBATCHABLE = {
     "backward outside torch": lambda: with_layers(lambda m, x: m.two(ForeignCube.apply(m.one(x)))),
     "cdist to parameters": lambda: Model(
         lambda m, x: -torch.cdist(m.one(x), m.w), one=nn.Linear(3, 4), w=nn.Parameter(torch.randn(5, 4))
+    ),
+    "cdist to as many as features": lambda: Model(
+        lambda m, x: -torch.cdist(m.one(x), m.w), one=nn.Linear(3, 3), w=nn.Parameter(torch.randn(3, 3))
     ),
 }
 
@@ -294,12 +336,26 @@ def test_operations_that_vmap_gets_wrong_end_right_and_warn_once(case, examples,
         close(dense(engine, x), slow_jacobian(model, x))  # remembered: any further warning is an error here
 
 
+def test_a_vmap_that_is_wrong_for_later_columns_only_is_noticed(slow_jacobian, monkeypatch):
+    vmap = torch.func.vmap
+
+    def broken(function):
+        return lambda columns: tuple(g.index_fill(0, torch.arange(1, len(g)), 0.0) for g in vmap(function)(columns))
+
+    monkeypatch.setattr(torch.func, "vmap", broken)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(4, 3)
+    parameters = Parameters.of(model)
+    with borrowed(model, parameters), pytest.warns(UserWarning, match="one by one"):
+        close(dense(Engine(model, parameters), x), slow_jacobian(model, x))
+
+
 def test_padded_sequences_through_a_transformer(slow_jacobian):
     """Without a graph this module takes a fused path, whose padded positions differ; the engine must not see it."""
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), 1)
     forward = lambda m, x: m.two(m.one(x, src_key_padding_mask=x[:, :, 0] > 1).mean(1))  # noqa: E731
     model, x = Model(forward, one=encoder, two=nn.Linear(4, 2)), torch.randn(4, 5, 4)
-    x[0, -1, 0] = 2.0
+    x[:, :, 0] = 0.0
+    x[0, -2:, 0] = x[3, -1:, 0] = 2.0
     parameters = Parameters.of(model)
     with borrowed(model, parameters):
         close(dense(Engine(model, parameters), x), slow_jacobian(model, x))

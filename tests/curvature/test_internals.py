@@ -24,12 +24,15 @@ def test_unbatch(in_dim):
     hidden = w.exp()
     output = hidden.sin()
     cotangents, seen = torch.randn(4, 3), []
-    handle = node_of(hidden).register_prehook(lambda g: seen.append((g[0].shape, internals.unbatch(g[0], 4))))
+    look = lambda g: seen.append((g[0].shape, internals.unbatch(g[0], 4)))  # noqa: E731
+    handles = [node_of(t).register_prehook(look) for t in (output, hidden)]
     given = cotangents if in_dim == 0 else cotangents.T
     torch.func.vmap(lambda c: torch.autograd.grad(output, w, c, retain_graph=True), in_dims=in_dim)(given)
-    handle.remove()
-    ((logical, physical),) = seen
-    assert logical == (3,)
+    for handle in handles:
+        handle.remove()
+    assert [logical for logical, _ in seen] == [(3,), (3,)]
+    arrived, physical = (tensor for _, tensor in seen)
+    torch.testing.assert_close(arrived, cotangents)
     torch.testing.assert_close(physical, cotangents * hidden.detach().cos())
     assert not torch.func.vmap(lambda c: c + 0)(physical).requires_grad  # an ordinary tensor that outlives the vmap
 

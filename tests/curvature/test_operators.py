@@ -1,5 +1,7 @@
 """Every structure of matrix against dense algebra. A further structure is one more row of OPERATORS."""
 
+import math
+
 import pytest
 import torch
 
@@ -279,9 +281,16 @@ def test_singular_factors_and_a_small_shift(build):
     shifted = build(left, right).shift(1e-9)
     expected = torch.linalg.eigvalsh(kron(left, right)).clamp_min(0)
     close(shifted.logdet(), (expected[-2:] + 1e-9).log().sum() + 28 * torch.tensor(1e-9).log(), rtol=1e-5)
-    single = build(left.float(), right.float()).shift(1e-6)
+    single = build(10 * left.float(), 10 * right.float()).shift(1e-6)
     assert torch.isfinite(single.logdet())
     assert (single.inverse_diagonal() > 0).all()
+
+
+@pytest.mark.parametrize("build", [Kronecker.from_factors, KroneckerProduct])
+def test_eigenvalues_of_single_precision_factors_are_found_in_double(build):
+    """Ones have the eigenvalues 50, 0, 0, ...; in single precision the zeros would be some 1e-6."""
+    shifted = build(torch.ones(1, 50, 50).float(), torch.ones(1, 1, 1).float()).shift(1e-8)
+    assert float(shifted.logdet()) == pytest.approx(math.log(50) + 49 * math.log(1e-8), rel=1e-5)
 
 
 def test_dense_that_is_not_positive_definite_is_refused():

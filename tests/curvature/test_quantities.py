@@ -1,6 +1,7 @@
 """What is kept of the columns: structures against the dense GGN, Kronecker factors against their definition."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import oracles
@@ -311,6 +312,19 @@ def test_the_loss_is_summed_in_double_precision(dtype):
     assert totals.loss.dtype == torch.float32
     assert totals.count == 1000
     assert float(totals.loss) == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_small_losses_are_not_lost_beside_a_large_one():
+    """In single precision 1e8 + 1 is 1e8."""
+    model = nn.Linear(1, 2, bias=False).float()
+    nn.init.constant_(model.weight[:1], 1e8)
+    nn.init.zeros_(model.weight[1:])
+    x = torch.zeros(401, 1).float()
+    x[0] = 1.0
+    parameters = Parameters.of(model)
+    batches = [(row[None], torch.tensor([1])) for row in x]
+    totals = accumulate(model, parameters, Categorical(), GGN(), batches, [GGNDiagonal(parameters)])
+    assert float(totals.loss) == pytest.approx(1e8 + 400 * math.log(2), rel=1e-7)
 
 
 def test_two_fits_do_not_share_memory():

@@ -172,6 +172,22 @@ def test_every_network_comes_back_as_it_was(network, unchanged):
         Engine(model, parameters).jacobian(inputs(3))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_the_culprit_is_found_behind_modules_that_return_nested_tensors(unchanged):
+    """As a frozen encoder does for padded sequences."""
+    padding = (torch.arange(5) > 2) & (torch.arange(6) % 2 == 0)[:, None]  # at the end of every second sequence
+    model = Model(
+        lambda m, x: m.head(m.centre(m.encode(x, src_key_padding_mask=x[:, :, 0] > 5).sum(1))),
+        encode=nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), 2).requires_grad_(False),
+        centre=Centred(),
+        head=nn.Linear(4, 3),
+    )
+    x = torch.randn(6, 5, 4)
+    x[padding] = 10.0
+    with unchanged(model), pytest.raises(ValueError, match=r"module centre \(Centred\)"):
+        fits(model, x, LABELS)
+
+
 class Counting(nn.Module):
     """Buffers that a forward pass changes in eval mode, in place and by putting another tensor in their place."""
 
