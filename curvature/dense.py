@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians import Jacobian
-from lapkit.curvature.operator import SymmetricOperator, symmetric_eigh
+from lapkit.curvature.operator import SymmetricOperator
 
 
 @final
@@ -62,7 +62,7 @@ class Dense(SymmetricOperator):
     @cached_property
     def eigenvalues(self) -> Tensor:
         """The spectrum, ascending; computed once, whatever the number of shifts tried."""
-        return symmetric_eigh(self.matrix)[0]
+        return torch.linalg.eigvalsh(self.matrix.double()).clamp_min(0).to(self.dtype)
 
     def diagonal(self) -> Tensor:
         """See `SymmetricOperator.diagonal`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -23,11 +23,15 @@ class Kronecker(SymmetricOperator):
         left: orthogonal, `(G, R, R)`.
         right: orthogonal, `(G, C, C)`.
         values: eigenvalues, `(G, R, C)`.
+        left_squares: `left * left`, averaged over equal eigenvalues of that factor; plain squares by default.
+        right_squares: likewise.
     """
 
     left: Tensor
     right: Tensor
     values: Tensor
+    left_squares: Tensor | None = None
+    right_squares: Tensor | None = None
 
     @classmethod
     def from_factors(cls, left: Tensor, right: Tensor) -> Kronecker:
@@ -42,7 +46,13 @@ class Kronecker(SymmetricOperator):
         """
         left_values, left_vectors = symmetric_eigh(left)
         right_values, right_vectors = symmetric_eigh(right)
-        return cls(left_vectors, right_vectors, left_values[:, :, None] * right_values[:, None])
+        return cls(
+            left_vectors,
+            right_vectors,
+            left_values[:, :, None] * right_values[:, None],
+            _averaged_squares(left_values, left_vectors),
+            _averaged_squares(right_values, right_vectors),
+        )
 
     @property
     def size(self) -> int:
@@ -73,11 +83,12 @@ class Kronecker(SymmetricOperator):
 
     def to(self, dtype: torch.dtype) -> Kronecker:
         """See `SymmetricOperator.to`."""
-        return Kronecker(self.left.to(dtype), self.right.to(dtype), self.values.to(dtype))
+        squares = (None if s is None else s.to(dtype) for s in (self.left_squares, self.right_squares))
+        return Kronecker(self.left.to(dtype), self.right.to(dtype), self.values.to(dtype), *squares)
 
     def scale(self, factor: Tensor | float) -> Kronecker:
         """See `SymmetricOperator.scale`."""
-        return Kronecker(self.left, self.right, self.values * factor)
+        return replace(self, values=self.values * factor)
 
     def inverse_quadratic(self, jacobian: Jacobian) -> Tensor:
         """The factored Jacobian is rotated into the eigenbasis, where the matrix is diagonal.
@@ -97,12 +108,15 @@ class Kronecker(SymmetricOperator):
 
         `U^T diag(delta) U` is diagonal only for equal entries. Of other shifts the diagonal is kept, which is nearest
         in Frobenius norm and keeps the trace. By Hadamard's inequality its log determinant is not below the exact
-        one, so that an evidence errs to the low side.
+        one, so that an evidence errs to the low side. Within equal eigenvalues of a factor, where any basis would do,
+        the diagonal is averaged, so that the result does not depend on the basis found.
         """
         if delta.ndim:
             delta = delta.reshape(self.values.shape)
-            delta = self.left.square().mT @ delta @ self.right.square()
-        return Kronecker(self.left, self.right, self.values + delta)
+            left = self.left.square() if self.left_squares is None else self.left_squares
+            right = self.right.square() if self.right_squares is None else self.right_squares
+            delta = left.mT @ delta @ right
+        return replace(self, values=self.values + delta)
 
     def _rotate(self, vectors: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """`left (x) right` times vectors `(P, M)`."""
@@ -118,3 +132,11 @@ class Kronecker(SymmetricOperator):
 
     def _inverse_root_transpose(self, vectors: Tensor) -> Tensor:
         return self._rotate(self.values.flatten().rsqrt()[:, None] * vectors, self.left, self.right)
+
+
+def _averaged_squares(values: Tensor, vectors: Tensor) -> Tensor:
+    """Squares of eigenvectors `(G, n, n)`, averaged over those with the same eigenvalue up to round-off."""
+    tolerance = 10 * values.shape[-1] * torch.finfo(values.dtype).eps * values[:, -1:]
+    number = torch.nn.functional.pad((values.diff(dim=-1) > tolerance).long().cumsum(-1), (1, 0))
+    same = (number[:, :, None] == number[:, None, :]).to(values.dtype)
+    return vectors.square() @ (same / same.sum(-1, keepdim=True))

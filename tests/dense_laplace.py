@@ -137,14 +137,21 @@ class Problem:
         return torch.block_diag(*blocks)
 
     def eigenvectors(self, names=None):
-        """Of the Kronecker structure, (P, P): `U_B (x) U_A` for weights, those of the exact block for biases."""
+        """Of the Kronecker structure, (P, P): `U_B (x) U_A` for weights, those of the exact block for biases.
+
+        With them the means over eigenvectors of equal eigenvalues of each factor, whose choice is arbitrary, (P, P).
+        """
         names = names or self.all
-        bases = []
+        bases, means = [], []
         for name, block in zip(names, blocks_of(self.curvature("blockdiag", names), self.sizes(names)), strict=True):
             factors = self.kronecker_factors.get(name, (block,))
-            vectors = [torch.linalg.eigh(factor)[1].contiguous() for factor in factors]
+            found = [torch.linalg.eigh(factor) for factor in factors]
+            vectors = [f[1].contiguous() for f in found]
+            equal = [(v[:, None] - v[None]).abs() < 1e-10 * v.max() for v, _ in found]
+            mean = [e.double() / e.sum(1, keepdim=True) for e in equal]
             bases.append(torch.kron(*vectors) if len(vectors) == 2 else vectors[0])
-        return torch.block_diag(*bases)
+            means.append(torch.kron(*mean) if len(mean) == 2 else mean[0])
+        return torch.block_diag(*bases), torch.block_diag(*means)
 
     def prior_diagonal(self, delta, names=None):
         """One number, one a tensor or one a weight, as (P,)."""
@@ -160,8 +167,8 @@ class Problem:
         """
         prior = self.prior_diagonal(delta, names).diag()
         if structure == "kron":
-            U = self.eigenvectors(names)
-            prior = U @ (U.T @ prior @ U).diagonal().diag() @ U.T
+            U, mean = self.eigenvectors(names)
+            prior = U @ (mean @ (U.T @ prior @ U).diagonal()).diag() @ U.T
         return self.curvature(structure, names) / (noise**2 * temperature) + prior
 
     def log_likelihood(self, noise=1.0):

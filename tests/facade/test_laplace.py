@@ -725,3 +725,16 @@ def test_a_loader_that_fails_leaves_the_model_alone():
 
     with untouched(model), pytest.raises(OSError, match="the disk is gone"):
         Laplace(model, "classification", "all").fit(loader())
+
+
+def test_a_free_prior_on_kronecker_blocks_does_not_depend_on_the_order_of_the_data():
+    # Five examples leave the factor of ten inputs with equal eigenvalues (zero), whose eigenvectors are arbitrary.
+    model = nn.Sequential(nn.Linear(10, 6), nn.Tanh(), nn.Linear(6, 3))
+    x, y = torch.randn(5, 10), torch.arange(5) % 3
+    prior = torch.rand(sum(p.numel() for p in model.parameters())) * 10 + 0.1
+    one, other = (
+        Laplace(model, "classification", "all", "kron", prior_precision=prior).fit([(x[order], y[order])])
+        for order in ([0, 1, 2, 3, 4], [2, 0, 1, 4, 3])
+    )
+    torch.testing.assert_close(one.log_marginal_likelihood(), other.log_marginal_likelihood(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(one.posterior.variance, other.posterior.variance, rtol=1e-8, atol=0)
