@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli as BernoulliDistribution
 from torch.distributions import Categorical as CategoricalDistribution
 from torch.distributions import Distribution, Independent
 
-from lapkit.curvature.likelihoods import Likelihood, check_finite, same_length
+from lapkit.curvature.likelihoods import Likelihood, one_for_each_output, same_length
 
 
 def probit_scaled(mean: Tensor, covariance: Tensor) -> Tensor:
@@ -123,12 +123,7 @@ class Bernoulli(Likelihood):
         Raises:
             ValueError: if shape or values do not fit.
         """
-        same_length(f, y)
-        y = y[:, None] if y.ndim == 1 and f.shape[-1] == 1 else y
-        if y.shape != f.shape:
-            raise ValueError(f"Expected targets of shape {tuple(f.shape)} (one for each logit), got {tuple(y.shape)}.")
-        y = y.to(f.device, f.dtype)
-        check_finite(y)
+        y = one_for_each_output(f, y, "(one for each logit)")
         if ((y != 0) & (y != 1)).any():
             raise ValueError(f"Expected targets 0 or 1, got values between {y.min():g} and {y.max():g}.")
         return y

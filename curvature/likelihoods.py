@@ -101,6 +101,21 @@ def check_finite(y: Tensor) -> None:
         raise ValueError("The targets hold NaN or infinite values. Remove or impute these examples first.")
 
 
+def one_for_each_output(f: Tensor, y: Tensor, meaning: str) -> Tensor:
+    """Finite targets in shape, type and place of the outputs; `(N,)` stands for `(N, 1)`.
+
+    Raises:
+        ValueError: if the shape does not fit, or a target is not finite.
+    """
+    same_length(f, y)
+    y = y[:, None] if y.ndim == 1 and f.shape[-1] == 1 else y
+    if y.shape != f.shape:
+        raise ValueError(f"Expected targets of shape {tuple(f.shape)} {meaning}, got {tuple(y.shape)}.")
+    y = y.to(f.device, f.dtype)
+    check_finite(y)
+    return y
+
+
 @dataclass(frozen=True)
 class Gaussian(Likelihood):
     """Real targets with independent noise, `y ~ N(f, noise^2 I)`.
@@ -132,13 +147,7 @@ class Gaussian(Likelihood):
         Raises:
             ValueError: if the shape does not fit, or a target is not finite.
         """
-        same_length(f, y)
-        y = y[:, None] if y.ndim == 1 and f.shape[-1] == 1 else y
-        if y.shape != f.shape:
-            raise ValueError(f"Expected targets of shape {tuple(f.shape)} like the outputs, got {tuple(y.shape)}.")
-        y = y.to(f.device, f.dtype)
-        check_finite(y)
-        return y
+        return one_for_each_output(f, y, "like the outputs")
 
     def loss(self, f: Tensor, y: Tensor) -> Tensor:
         """`|y - f|^2 / 2`."""
