@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lapkit.curvature.columns import Columns
+from lapkit.curvature.backprop import Backprop
+from lapkit.curvature.columns import Columns, ColumnSet
 from lapkit.curvature.engine import Engine
+from lapkit.curvature.forward import ForwardFunction, check_positions
 from lapkit.curvature.inputs import to_device, unpack
 from lapkit.curvature.jacobians import LayerJacobian, summable
 from lapkit.curvature.likelihoods import Likelihood
 from lapkit.curvature.parameters import Parameters, borrowed
 from lapkit.curvature.quantities import Quantity
+from lapkit.curvature.sampling import Draws, example_keys, seed_from
+from lapkit.curvature.tape import never_used
 
 EMPTY = "The data is empty: there was no batch. Check the data loader (drop_last with few examples?)."
 
@@ -26,14 +30,27 @@ class Totals:
     """What one pass over the data leaves beside the quantities.
 
     Args:
-        loss: the likelihood's loss, summed over examples, in nats.
+        loss: the likelihood's loss, summed over examples with their weights, in nats.
         count: the number of examples that were seen.
-        outputs: the number of outputs C.
+        outputs: the number of outputs of an example, `C` or `T C`; their weighted mean, where examples differ in T.
+        weight: the sum of the examples' weights, their number where they have none.
     """
 
     loss: Tensor
     count: int
-    outputs: int
+    outputs: float
+    weight: float
+
+    def __add__(self, other: Totals) -> Totals:
+        """The totals for the examples of both."""
+        weight = self.weight + other.weight
+        terms = self.weight * self.outputs + other.weight * other.outputs
+        outputs = self.outputs if self.outputs == other.outputs else terms / max(weight, 1e-300)
+        return Totals(self.loss + other.loss, self.count + other.count, outputs, weight)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Totals:
+        """The same with the loss on another device or of another type."""
+        return replace(self, loss=self.loss.to(device, dtype))
 
 
 def accumulate(
@@ -46,20 +63,25 @@ def accumulate(
     *,
     generator: torch.Generator | None = None,
     memory_budget: int | None = None,
+    forward_fn: ForwardFunction | None = None,
+    output_axis: int | None = None,
     progress_bar: bool = False,
     total: int | None = None,
 ) -> Totals:
-    """Sum curvature over a data set: one forward and one backward of the columns a batch, shared by all quantities.
+    """Sum curvature over a data set: one forward a batch, and one backward for all quantities of equal columns.
 
     Args:
         model: the network; it is given back as it was.
         parameters: the weights to differentiate with respect to.
         likelihood: of targets given outputs.
-        columns: which curvature.
-        data: batches `(inputs, targets)`.
+        columns: which curvature, for quantities that do not have columns of their own.
+        data: batches `(inputs, targets)`, or `(inputs, targets, weights)` with weights `(N,)` that multiply the
+            examples' losses.
         quantities: which structures; they are updated in place.
         generator: for Monte Carlo columns.
         memory_budget: bytes that intermediates may take.
+        forward_fn: `forward_fn(model, inputs)` to be called instead of the model.
+        output_axis: the axis of classes or channels in the outputs.
         progress_bar: show one.
         total: number of batches, for the progress bar, where `data` does not tell.
 
@@ -67,38 +89,99 @@ def accumulate(
         Loss, number of examples and of outputs.
 
     Raises:
-        ValueError: if there is no data, or the engine or the likelihood refuses a batch.
+        ValueError: if there is no data, or the engine or the likelihood refuses a batch, or a parameter is never used.
     """
     parameters.check_finite()
-    loss: Tensor | None = None
-    count = outputs = 0
+    groups = _by_columns(quantities, columns)
+    for wanted, group in groups:
+        for quantity in group:
+            quantity.begin(wanted, likelihood)
+    totals: Totals | None = None
+    seed = seed_from(generator) if any(wanted.random for wanted, _ in groups) else None
     with borrowed(model, parameters):
-        engine = Engine(model, parameters, memory_budget=memory_budget)
+        engine = Engine(model, parameters, memory_budget=memory_budget, forward_fn=forward_fn, output_axis=output_axis)
         for number, batch in enumerate(
             tqdm(data, desc="curvature", total=total, disable=not progress_bar, leave=False)
         ):
-            x, y = unpack(batch, number)
+            x, y, weights = unpack(batch, number)
             backprop = engine(to_device(x, parameters.device))
             f = summable(backprop.output.detach())
-            y = likelihood.check(f, y)
-            batch_loss = likelihood.loss(f, y).double().sum()
-            loss = batch_loss if loss is None else loss + batch_loss
-            count, outputs = count + len(f), f.shape[-1]
-            _backward(backprop, columns(likelihood, f, y, generator).to(backprop.output.dtype), quantities)
-    if loss is None:
+            seen = 0 if totals is None else totals.count
+            draws = None if seed is None else Draws(seed, example_keys((x, y), len(f), seen).to(f.device))
+            check_positions(engine.shape, output_axis, y)
+            y = likelihood.check(f, y, output_axis)
+            weights = _checked(weights, f)
+            own = _totals(likelihood.loss(f, y), f, weights)
+            totals = own if totals is None else totals + own
+            for wanted, group in groups:
+                sent = wanted(likelihood, f, y, draws)
+                _backward(backprop, sent, _factors(weights, wanted, f), group, weights)
+    if totals is None:
         raise ValueError(EMPTY)
-    return Totals(loss.to(torch.promote_types(parameters.dtype, torch.float32)), count, outputs)
+    if engine.unreached:  # the experts that no example was sent to, say
+        raise ValueError(never_used(sorted(engine.unreached)))
+    return totals.to(dtype=torch.promote_types(parameters.dtype, torch.float32))
 
 
-def _backward(backprop: Any, columns: Tensor, quantities: Sequence[Quantity]) -> None:
+def _totals(losses: Tensor, f: Tensor, weights: Tensor | None) -> Totals:
+    """Those of one batch, the loss in double precision."""
+    if weights is None:
+        return Totals(losses.double().sum(), len(f), f[0].numel(), len(f))
+    return Totals((losses * weights).double().sum(), len(f), f[0].numel(), float(weights.double().sum()))
+
+
+def _by_columns(quantities: Sequence[Quantity], default: Columns) -> list[tuple[Columns, list[Quantity]]]:
+    """Quantities that want equal columns, which share a backward pass."""
+    groups: list[tuple[Columns, list[Quantity]]] = []
+    for quantity in quantities:
+        wanted = default if quantity.columns is None else quantity.columns
+        for columns, group in groups:
+            if columns == wanted:
+                group.append(quantity)
+                break
+        else:
+            groups.append((wanted, [quantity]))
+    return groups
+
+
+def _checked(weights: Tensor | None, f: Tensor) -> Tensor | None:
+    """Weights beside the outputs.
+
+    Raises:
+        ValueError: if they are not one for each example.
+    """
+    if weights is None:
+        return None
+    if len(weights) != len(f):
+        raise ValueError(f"Got {len(weights)} weights for a batch of {len(f)} examples: one weight an example.")
+    return weights.detach().to(f)
+
+
+def _factors(weights: Tensor | None, columns: Columns, f: Tensor) -> Tensor | None:
+    """What multiplies the columns `(K, N, *, C)` of weighted examples."""
+    return None if weights is None else (weights**columns.weight_power).reshape(-1, *[1] * (f.ndim - 1))
+
+
+def _backward(
+    backprop: Backprop,
+    columns: ColumnSet,
+    factors: Tensor | None,
+    quantities: Sequence[Quantity],
+    weights: Tensor | None,
+) -> None:
     """Send the columns back in chunks and hand every Jacobian to every quantity."""
     plan = backprop.plan(len(columns))
+    for quantity in quantities:
+        quantity.begin_batch(backprop.examples, weights)
     for start in range(0, len(columns), plan.chunk):
 
         def consume(name: str, jacobian: LayerJacobian, first: bool = start == 0) -> None:
             for quantity in quantities:
                 quantity.update(name, jacobian, first=first)
 
-        backprop(columns[start : start + plan.chunk], consume, plan)
+        chunk = columns[start : start + plan.chunk]
+        backprop((chunk if factors is None else chunk * factors).to(backprop.output.dtype), consume, plan)
         for quantity in quantities:
             quantity.end_columns()
+    for quantity in quantities:
+        quantity.end_batch()

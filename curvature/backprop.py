@@ -17,12 +17,12 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lapkit.curvature import internals
 from lapkit.curvature.jacobians import DenseJacobian, LayerJacobian, NetworkJacobian
-from lapkit.curvature.layout import Layout
+from lapkit.curvature.layout import AnyLayout
 from lapkit.curvature.local import Arrived, local_jacobian, local_pull_back
 from lapkit.curvature.memory import chunk_length
-from lapkit.curvature.outer_product import OuterProduct, concatenated
 from lapkit.curvature.parameters import Parameters
 from lapkit.curvature.rules import FromCotangent, closed_form
+from lapkit.curvature.sum_jacobian import combined
 from lapkit.curvature.tape import Graph, Use
 
 Consume = Callable[[str, LayerJacobian], None]
@@ -40,7 +40,7 @@ class Backprop:
     """A forward pass whose tape has been read, ready to send columns back.
 
     Args:
-        output: the model's output `(N, C)` with its graph.
+        output: the model's output `(N, *, C)` with its graph.
         graph: its nodes.
         uses: where each parameter meets the data.
         layouts: how the examples stand in the cotangents there.
@@ -53,7 +53,7 @@ class Backprop:
         output: Tensor,
         graph: Graph,
         uses: Sequence[Use],
-        layouts: dict[Node, dict[int, Layout]],
+        layouts: dict[Node, dict[int, AnyLayout]],
         parameters: Parameters,
         budget: int,
     ) -> None:
@@ -73,7 +73,7 @@ class Backprop:
 
     def _rule(self, use: Use) -> FromCotangent | None:
         layouts = self.layouts[use.node]
-        if set(layouts) != {0} or internals.outputs_of(use.node) != 1:
+        if set(layouts) != {0}:
             return None
         leaf = self.graph.leaves[use.parameter]
         return closed_form(use, layouts[0], self.examples, self.tensors[use.parameter], leaf, self.budget)
@@ -103,27 +103,27 @@ class Backprop:
 
     def examples_per_piece(self) -> int:
         """How many examples' Jacobians, all outputs at once, fit into the budget."""
-        outputs = self.output.shape[1]
+        outputs = self.output[0].numel()
         each = 2 * outputs * self._bytes_each_column() // self.examples
         return chunk_length(self.examples, each, self.budget)
 
     def jacobian(self) -> NetworkJacobian:
-        """The Jacobian of the outputs, `K = C` unit columns: one factored part for each parameter."""
-        examples, outputs = self.output.shape
+        """The Jacobian of the outputs, `K = C` or `T C` unit columns: one factored part for each parameter."""
+        outputs = self.output[0].numel()
         unit = torch.eye(outputs, dtype=self.output.dtype, device=self.output.device)
         parts: dict[str, LayerJacobian] = {}
-        columns = unit[:, None, :].expand(outputs, examples, outputs)
+        columns = unit.unflatten(1, self.output.shape[1:])[:, None].expand(outputs, *self.output.shape)
         self(columns, parts.__setitem__, self.plan(outputs), whole=True)
         for name, size in zip(self.parameters.names, self.parameters.sizes, strict=True):
             if name not in parts:  # autograd knows its derivative to be zero
-                parts[name] = DenseJacobian(self.output.new_zeros(outputs, examples, size))
+                parts[name] = DenseJacobian(self.output.new_zeros(outputs, len(self.output), size))
         return NetworkJacobian(tuple(parts[n] for n in self.parameters.names))
 
     def __call__(self, columns: Tensor, consume: Consume, plan: Plan, *, whole: bool = False) -> None:
         """Send columns back and hand each parameter's Jacobian to `consume`.
 
         Args:
-            columns: `(K, N, C)`.
+            columns: `(K, N, *, C)`.
             consume: called with a parameter's name and Jacobian, once for each parameter and chunk of columns.
             plan: how.
             whole: deliver all K columns of a Jacobian at once, after the pass, whatever the chunks.
@@ -145,7 +145,7 @@ class Backprop:
         delivery.finish()
 
     def _pass(self, columns: Tensor, arrive: Callable[[Node, Arrived], None], *, together: bool) -> None:
-        """One backward pass of `(K, N, C)`: all at once under vmap, or a single one."""
+        """One backward pass of `(K, N, *, C)`: all at once under vmap, or a single one."""
         count = len(columns)
         hooked = [n for n in self.uses if n not in set(self.requested)] if internals.CAN_UNBATCH else []
 
@@ -210,13 +210,3 @@ class _Delivery:
         self.pending[name].append(jacobian)
         if len(self.pending[name]) == self.backprop.count[name]:
             self.consume(name, combined(self.pending.pop(name)))
-
-
-def combined(uses: Sequence[LayerJacobian]) -> LayerJacobian:
-    """The Jacobian of a parameter that is used several times: uses are summed before anything is squared."""
-    if len(uses) == 1:
-        return uses[0]
-    products = [u for u in uses if isinstance(u, OuterProduct)]
-    if len(products) == len(uses) and len({(p.a.shape[2:], p.g.shape[3:], p.transposed) for p in products}) == 1:
-        return concatenated(products)
-    return DenseJacobian(torch.stack([u.to_dense() for u in uses]).sum(0))

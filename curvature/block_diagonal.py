@@ -42,14 +42,8 @@ class BlockDiagonal(SymmetricOperator):
         return sum(self.sizes)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating type of the entries."""
-        return self.blocks[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the entries are."""
-        return self.blocks[0].device
+    def _entries(self) -> Tensor:
+        return self.blocks[0]._entries
 
     def diagonal(self) -> Tensor:
         """See `SymmetricOperator.diagonal`."""
@@ -67,10 +61,6 @@ class BlockDiagonal(SymmetricOperator):
         """The sum over blocks, each sharing what it can."""
         return torch.stack([b.shifted_logdet(d) for b, d in self._pieces(delta)]).sum()
 
-    def to(self, dtype: torch.dtype) -> BlockDiagonal:
-        """See `SymmetricOperator.to`."""
-        return BlockDiagonal(tuple(block.to(dtype) for block in self.blocks))
-
     def scale(self, factor: Tensor | float) -> BlockDiagonal:
         """See `SymmetricOperator.scale`."""
         return BlockDiagonal(tuple(block.scale(factor) for block in self.blocks))
@@ -84,6 +74,21 @@ class BlockDiagonal(SymmetricOperator):
         if delta.ndim == 0:
             return [(block, delta) for block in self.blocks]
         return list(zip(self.blocks, delta.split(self.sizes), strict=True))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> BlockDiagonal:
+        return BlockDiagonal(tuple(block._map(function) for block in self.blocks))
+
+    def _add(self, other: SymmetricOperator) -> SymmetricOperator:
+        """Block by block.
+
+        Raises:
+            ValueError: if the blocks are of other sizes.
+        """
+        if not isinstance(other, BlockDiagonal):
+            return super()._add(other)
+        if other.sizes != self.sizes:
+            raise ValueError(f"Blocks of {self.sizes} and of {other.sizes} weights do not add up.")
+        return BlockDiagonal(tuple(one + two for one, two in zip(self.blocks, other.blocks, strict=True)))
 
     def _shift(self, delta: Tensor) -> BlockDiagonal:
         return BlockDiagonal(tuple(block.shift(d) for block, d in self._pieces(delta)))

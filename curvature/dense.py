@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
 
@@ -20,6 +21,7 @@ class Dense(SymmetricOperator):
 
     Args:
         matrix: symmetric, `(P, P)`.
+        source: the operator that this one was converted from, with which it shares the eigenvalues.
 
     Example:
         >>> import torch
@@ -28,6 +30,7 @@ class Dense(SymmetricOperator):
     """
 
     matrix: Tensor
+    source: Dense | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:
@@ -35,14 +38,8 @@ class Dense(SymmetricOperator):
         return len(self.matrix)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating type of the entries."""
-        return self.matrix.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the entries are."""
-        return self.matrix.device
+    def _entries(self) -> Tensor:
+        return self.matrix
 
     @cached_property
     def cholesky(self) -> Tensor:
@@ -62,7 +59,14 @@ class Dense(SymmetricOperator):
     @cached_property
     def eigenvalues(self) -> Tensor:
         """The spectrum, ascending; computed once, whatever the number of shifts tried."""
-        return torch.linalg.eigvalsh(self.matrix.double()).clamp_min(0).to(self.dtype)
+        return self._spectrum.to(self.matrix)
+
+    @cached_property
+    def _spectrum(self) -> Tensor:
+        """The eigenvalues in float64, which operators of another type or device share."""
+        if self.source is not None:
+            return self.source._spectrum
+        return torch.linalg.eigvalsh(self.matrix.double()).clamp_min(0)
 
     def diagonal(self) -> Tensor:
         """See `SymmetricOperator.diagonal`."""
@@ -82,10 +86,6 @@ class Dense(SymmetricOperator):
             return (self.eigenvalues + delta).log().sum()
         return self._shift(delta).logdet()
 
-    def to(self, dtype: torch.dtype) -> Dense:
-        """See `SymmetricOperator.to`."""
-        return Dense(self.matrix.to(dtype))
-
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""
         return Dense(self.matrix * factor)
@@ -97,6 +97,12 @@ class Dense(SymmetricOperator):
         half = torch.linalg.solve_triangular(self.cholesky, rows.T, upper=False).T
         half = half.unflatten(0, (examples, columns))
         return half @ half.mT
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Dense:
+        return Dense(function(self.matrix), self.source or self)
+
+    def _add(self, other: SymmetricOperator) -> SymmetricOperator:
+        return Dense(self.matrix + other.matrix) if isinstance(other, Dense) else super()._add(other)
 
     def _shift(self, delta: Tensor) -> Dense:
         return Dense(self.matrix + torch.diag_embed(delta.expand(self.size)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
-import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians import Jacobian
@@ -34,14 +34,8 @@ class Diagonal(SymmetricOperator):
         return len(self.values)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating type of the entries."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the entries are."""
-        return self.values.device
+    def _entries(self) -> Tensor:
+        return self.values
 
     def diagonal(self) -> Tensor:
         """The values."""
@@ -55,10 +49,6 @@ class Diagonal(SymmetricOperator):
         """The sum of their logarithms."""
         return self.values.log().sum()
 
-    def to(self, dtype: torch.dtype) -> Diagonal:
-        """See `SymmetricOperator.to`."""
-        return Diagonal(self.values.to(dtype))
-
     def scale(self, factor: Tensor | float) -> Diagonal:
         """See `SymmetricOperator.scale`."""
         return Diagonal(self.values * factor)
@@ -66,6 +56,12 @@ class Diagonal(SymmetricOperator):
     def inverse_quadratic(self, jacobian: Jacobian) -> Tensor:
         """A weighted Gram matrix of the Jacobian, which is not expanded."""
         return jacobian.weighted_gram(self.values.reciprocal())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Diagonal:
+        return Diagonal(function(self.values))
+
+    def _add(self, other: SymmetricOperator) -> SymmetricOperator:
+        return Diagonal(self.values + other.values) if isinstance(other, Diagonal) else super()._add(other)
 
     def _shift(self, delta: Tensor) -> Diagonal:
         return Diagonal(self.values + delta)

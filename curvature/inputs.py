@@ -26,19 +26,46 @@ def to_device(x: Any, device: torch.device) -> Any:
     return map_tensors(lambda t: t.to(device).clone() if t.is_inference() else t.to(device), x)
 
 
-def unpack(batch: Any, number: int) -> tuple[Any, Tensor]:
-    """Inputs and targets of one batch of a data loader.
+def unpack(batch: Any, number: int) -> tuple[Any, Tensor, Tensor | None]:
+    """Inputs, targets and, where there are any, weights of the examples of one batch of a data loader.
+
+    A mapping with `labels`, as tokenised data sets have them, is the inputs and the targets in one.
 
     Raises:
-        TypeError: if the batch is not a pair `(inputs, targets)` with tensor targets.
+        TypeError: if the batch is neither `(inputs, targets)` nor `(inputs, targets, weights)` with tensors of targets
+            and of floating weights, one for each example.
+        ValueError: if a weight is negative or not finite.
     """
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), Tensor):
+        return {key: value for key, value in batch.items() if key != "labels"}, batch["labels"], None
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3) or not isinstance(batch[1], Tensor):
         length = f" of length {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise TypeError(
             f"Batch {number} of the data is a {type(batch).__name__}{length}; expected a pair (inputs, targets) "
-            "with a tensor of targets. Adapt the data loader's collate_fn."
+            "with a tensor of targets, or (inputs, targets, weights). Adapt the data loader's collate_fn."
         )
-    return batch[0], batch[1]
+    return batch[0], batch[1], example_weights(batch[2], number) if len(batch) == 3 else None
+
+
+def example_weights(weights: Any, number: int) -> Tensor:
+    """The third part of a batch, if it can be weights of examples `(N,)`.
+
+    Integers are refused: the third of three is more often a label than a weight.
+
+    Raises:
+        TypeError: if it is no vector of floating numbers.
+        ValueError: if a weight is negative or not finite.
+    """
+    if not isinstance(weights, Tensor) or not weights.is_floating_point() or weights.ndim != 1:
+        kind = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(
+            f"Batch {number} of the data is a tuple of length 3 whose last part is {kind}; expected a pair (inputs, "
+            "targets), or (inputs, targets, weights) with floating weights of shape (N,). Several inputs go into one "
+            "part, ((a, b), targets): adapt the data loader's collate_fn."
+        )
+    if not (torch.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(f"Batch {number} of the data has weights that are negative, NaN or infinite.")
+    return weights
 
 
 def tensors(x: Any) -> list[Tensor]:
@@ -59,6 +86,11 @@ def shapes_of_one(x: Any, examples: int) -> tuple[tuple[int, ...], ...]:
 
 
 def can_be_cut(x: Any, examples: int) -> bool:
-    """Whether every tensor of a batch has the examples along its first axis."""
-    found = tensors(x)
-    return bool(found) and all(t.ndim > 0 and len(t) == examples for t in found)
+    """Whether every tensor of a batch has the examples along its first axis; a single number belongs to all of them."""
+    found = [t for t in tensors(x) if t.ndim > 0]
+    return bool(found) and all(len(t) == examples for t in found)
+
+
+def cut(x: Any, part: slice) -> Any:
+    """The examples of a part of a batch that `can_be_cut`."""
+    return map_tensors(lambda t: t[part] if t.ndim > 0 else t, x)

@@ -7,7 +7,9 @@ read takes the generic local path.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +20,14 @@ _functorch = getattr(torch._C, "_functorch", None)
 CAN_UNBATCH = all(
     getattr(_functorch, name, None) is not None for name in ("is_batchedtensor", "get_unwrapped", "maybe_get_bdim")
 )
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """Compiled parts run as they are written: what `torch.compile` makes of them is one opaque node of the tape.
+
+    Where its module was never imported, nothing is compiled, and importing it would take longer than many a fit.
+    """
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def unbatch(cotangent: Tensor, columns: int) -> Tensor:

@@ -36,6 +36,14 @@ class Jacobian(ABC):
     def square_sum(self) -> Tensor:
         """`sum_{k,n} J[k,n]^2`, `(P,)`: with the columns of a likelihood, the diagonal of the GGN."""
 
+    def square_norms(self) -> Tensor:
+        """`|J[k,n]|^2`, `(K, N)`: with the gradient of the loss, squared norms of each example's gradient."""
+        return self.to_dense().square().sum(-1)
+
+    def squares(self) -> Tensor:
+        """`sum_k J[k,n]^2`, `(N, P)`: with the columns of a likelihood, the GGN's diagonal for each example."""
+        return self.to_dense().square().sum(0)
+
     @abstractmethod
     def weighted_gram(self, weights: Tensor) -> Tensor:
         """`J_n diag(weights) J_n^T`, `(P,) -> (N, K, K)`: with unit columns, a covariance of the outputs."""
@@ -81,12 +89,34 @@ class LayerJacobian(Jacobian):
         """The cotangent `(K, N, O)` if B is its second moment and nothing else, so that two parameters can share it."""
 
     @abstractmethod
-    def input_moment(self) -> tuple[Tensor, int]:
-        """`sum_{n,t} a a^T`, `(G, I, I)`, and the number of examples and positions summed; the same for all columns."""
+    def input_moment(self, weights: Tensor | None = None) -> tuple[Tensor, float]:
+        """`sum_{n,t} w a a^T`, `(G, I, I)`, and the number of examples and positions summed, `sum_{n,t} w`.
+
+        The same for all columns. Only its diagonal `(G, I)` where it has no other entries. Weights `(N,)` of examples
+        are one by default.
+        """
+
+    def single_position(self) -> tuple[Tensor, Tensor] | None:
+        """Cotangents `(K, N, O)` and inputs `(N, I)`, where the Jacobian is one outer product of them."""
+        return None
+
+    def reduced(self) -> LayerJacobian:
+        """As if the layer had one position, inputs averaged over positions and cotangents summed: KFAC-reduce.
+
+        A Jacobian without positions is what it is.
+        """
+        return self
 
     @abstractmethod
-    def rotate(self, left: Tensor, right: Tensor) -> LayerJacobian:
-        """`J (left (x) right)`, in a Kronecker basis of the weights: `(G, R, R)`, `(G, C, C)`, rows first as stored."""
+    def select(self, part: slice) -> LayerJacobian:
+        """The Jacobian of some of the examples."""
+
+    @abstractmethod
+    def rotate(self, left: Tensor | None, right: Tensor) -> LayerJacobian:
+        """`J (left (x) right)`, in a Kronecker basis of the weights: `(G, R, R)`, `(G, C, C)`, rows first as stored.
+
+        None leaves the rows as they are.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,20 +170,31 @@ class DenseJacobian(LayerJacobian):
             return self.square_sum()[:, None, None]
         return self.block()[None]
 
+    def single_position(self) -> tuple[Tensor, Tensor]:
+        """The values, and ones for inputs."""
+        return self.values, self.values.new_ones(self.shape[1], 1)
+
     def sole_cotangent(self) -> Tensor | None:
         """The values, where they have an exact block."""
         return self.values if self.values.shape[-1] <= DENSE_LIMIT else None
 
-    def input_moment(self) -> tuple[Tensor, int]:
+    def input_moment(self, weights: Tensor | None = None) -> tuple[Tensor, float]:
         """Ones: nothing but the outputs' moment is kept."""
         _, examples, size = self.shape
         groups = size if size > DENSE_LIMIT else 1
-        return self.values.new_full((groups, 1, 1), examples), examples
+        count = examples if weights is None else float(weights.sum())
+        return self.values.new_full((groups, 1, 1), count), count
 
-    def rotate(self, left: Tensor, right: Tensor) -> DenseJacobian:
+    def select(self, part: slice) -> DenseJacobian:
+        """See `LayerJacobian.select`."""
+        return DenseJacobian(self.values[:, part])
+
+    def rotate(self, left: Tensor | None, right: Tensor) -> DenseJacobian:
         """See `LayerJacobian.rotate`; for exact blocks `right` is one by one."""
-        values = self.values.unflatten(-1, (*left.shape[:2], right.shape[1]))
-        return DenseJacobian(torch.einsum("kngij,gir,gjs->kngrs", values, left, right).flatten(2))
+        values = self.values.unflatten(-1, (len(right), -1, right.shape[1]))
+        if left is not None:
+            values = torch.einsum("kngij,gir->kngrj", values, left)
+        return DenseJacobian(torch.einsum("kngrj,gjs->kngrs", values, right).flatten(2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +231,10 @@ class NetworkJacobian(Jacobian):
     def square_sum(self) -> Tensor:
         """See `Jacobian.square_sum`."""
         return torch.cat([part.square_sum() for part in self.parts])
+
+    def square_norms(self) -> Tensor:
+        """See `Jacobian.square_norms`."""
+        return torch.stack([part.square_norms() for part in self.parts]).sum(0)
 
     def weighted_gram(self, weights: Tensor) -> Tensor:
         """See `Jacobian.weighted_gram`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import final
 
@@ -10,6 +11,11 @@ from torch import Tensor
 
 from lapkit.curvature.jacobians import Jacobian, LayerJacobian
 from lapkit.curvature.operator import SymmetricOperator, symmetric_eigh
+
+NOT_CLOSED = (
+    "The sum of two Kronecker products is none. Add what was accumulated for them, `sums = a.result() + b.result()`, "
+    "and take `sums.operator()`."
+)
 
 
 @final
@@ -20,14 +26,14 @@ class Kronecker(SymmetricOperator):
     The weights of a group are a matrix, rows as `left` counts them and columns as `right` does, flattened row by row.
 
     Args:
-        left: orthogonal, `(G, R, R)`.
+        left: orthogonal, `(G, R, R)`; None for the identity.
         right: orthogonal, `(G, C, C)`.
         values: eigenvalues, `(G, R, C)`.
         left_squares: `left * left`, averaged over equal eigenvalues of that factor; plain squares by default.
         right_squares: likewise.
     """
 
-    left: Tensor
+    left: Tensor | None
     right: Tensor
     values: Tensor
     left_squares: Tensor | None = None
@@ -38,20 +44,20 @@ class Kronecker(SymmetricOperator):
         """`left (x) right` for each group.
 
         Args:
-            left: positive semi-definite, `(G, R, R)`.
+            left: positive semi-definite, `(G, R, R)`, or its diagonal `(G, R)`, if it has no other entries.
             right: positive semi-definite, `(G, C, C)`.
 
         Returns:
             Their product, factored once.
         """
-        left_values, left_vectors = symmetric_eigh(left)
         right_values, right_vectors = symmetric_eigh(right)
+        right_squares = _averaged_squares(right_values, right_vectors)
+        if left.ndim == 2:
+            return cls(None, right_vectors, left[:, :, None] * right_values[:, None], None, right_squares)
+        left_values, left_vectors = symmetric_eigh(left)
+        left_squares = _averaged_squares(left_values, left_vectors)
         return cls(
-            left_vectors,
-            right_vectors,
-            left_values[:, :, None] * right_values[:, None],
-            _averaged_squares(left_values, left_vectors),
-            _averaged_squares(right_values, right_vectors),
+            left_vectors, right_vectors, left_values[:, :, None] * right_values[:, None], left_squares, right_squares
         )
 
     @property
@@ -60,14 +66,8 @@ class Kronecker(SymmetricOperator):
         return self.values.numel()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating type of the entries."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the entries are."""
-        return self.values.device
+    def _entries(self) -> Tensor:
+        return self.values
 
     def diagonal(self) -> Tensor:
         """`(U * U) values`, through the factors."""
@@ -80,11 +80,6 @@ class Kronecker(SymmetricOperator):
     def logdet(self) -> Tensor:
         """The sum of the logarithms of the eigenvalues."""
         return self.values.log().sum()
-
-    def to(self, dtype: torch.dtype) -> Kronecker:
-        """See `SymmetricOperator.to`."""
-        squares = (None if s is None else s.to(dtype) for s in (self.left_squares, self.right_squares))
-        return Kronecker(self.left.to(dtype), self.right.to(dtype), self.values.to(dtype), *squares)
 
     def scale(self, factor: Tensor | float) -> Kronecker:
         """See `SymmetricOperator.scale`."""
@@ -100,8 +95,28 @@ class Kronecker(SymmetricOperator):
             raise TypeError(f"A Kronecker block takes the Jacobian of one parameter, got {type(jacobian).__name__}.")
         return jacobian.rotate(self.left, self.right).weighted_gram(self.values.reciprocal().flatten())
 
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Kronecker:
+        left, *squares = (
+            None if t is None else function(t) for t in (self.left, self.left_squares, self.right_squares)
+        )
+        return Kronecker(left, function(self.right), function(self.values), *squares)
+
+    def _add(self, other: SymmetricOperator) -> SymmetricOperator:
+        """Eigenvalues add up in one and the same basis, in no other.
+
+        Raises:
+            TypeError: if the eigenvectors differ.
+        """
+        if not isinstance(other, Kronecker):
+            return super()._add(other)
+        pairs = [(self.right, other.right), (self.left, other.left)]
+        if not all(one is two or (one is not None and two is not None and torch.equal(one, two)) for one, two in pairs):
+            raise TypeError(NOT_CLOSED)
+        return replace(self, values=self.values + other.values, left_squares=None, right_squares=None)
+
     def _in_weights(self, values: Tensor) -> Tensor:
-        return (self.left.square() @ values @ self.right.square().mT).flatten()
+        rows = values if self.left is None else self.left.square() @ values
+        return (rows @ self.right.square().mT).flatten()
 
     def _shift(self, delta: Tensor) -> Kronecker:
         """Exact for one number, also if repeated for each weight; else the nearest with the same eigenvectors.
@@ -113,25 +128,29 @@ class Kronecker(SymmetricOperator):
         """
         if delta.ndim:
             delta = delta.reshape(self.values.shape)
-            left = self.left.square() if self.left_squares is None else self.left_squares
-            right = self.right.square() if self.right_squares is None else self.right_squares
-            delta = left.mT @ delta @ right
+            if self.left is not None:
+                delta = (self.left.square() if self.left_squares is None else self.left_squares).mT @ delta
+            delta = delta @ (self.right.square() if self.right_squares is None else self.right_squares)
         return replace(self, values=self.values + delta)
 
-    def _rotate(self, vectors: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """`left (x) right` times vectors `(P, M)`."""
-        boxed = vectors.unflatten(0, self.values.shape)
-        return torch.einsum("gpr,grcm,gqc->gpqm", left, boxed, right).flatten(0, 2)
+    def _rotate(self, vectors: Tensor) -> Tensor:
+        """`U` times vectors `(P, M)`."""
+        boxed = torch.einsum("grcm,gqc->grqm", vectors.unflatten(0, self.values.shape), self.right)
+        return (boxed if self.left is None else torch.einsum("gpr,grqm->gpqm", self.left, boxed)).flatten(0, 2)
+
+    def _rotate_back(self, vectors: Tensor) -> Tensor:
+        """`U^T` times vectors `(P, M)`."""
+        boxed = torch.einsum("grqm,gqc->grcm", vectors.unflatten(0, self.values.shape), self.right)
+        return (boxed if self.left is None else torch.einsum("gpr,gpcm->grcm", self.left, boxed)).flatten(0, 2)
 
     def _matmul(self, vectors: Tensor) -> Tensor:
-        rotated = self.values.flatten()[:, None] * self._rotate(vectors, self.left.mT, self.right.mT)
-        return self._rotate(rotated, self.left, self.right)
+        return self._rotate(self.values.flatten()[:, None] * self._rotate_back(vectors))
 
     def _inverse_root(self, vectors: Tensor) -> Tensor:
-        return self.values.flatten().rsqrt()[:, None] * self._rotate(vectors, self.left.mT, self.right.mT)
+        return self.values.flatten().rsqrt()[:, None] * self._rotate_back(vectors)
 
     def _inverse_root_transpose(self, vectors: Tensor) -> Tensor:
-        return self._rotate(self.values.flatten().rsqrt()[:, None] * vectors, self.left, self.right)
+        return self._rotate(self.values.flatten().rsqrt()[:, None] * vectors)
 
 
 def _averaged_squares(values: Tensor, vectors: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Where the examples stand in the cotangent that a node receives, found by scaling each example's output cotangent.
 
-Two plain backward passes suffice. The first sends a random cotangent `u`, the second `r_n u_n` with one power of two
-for each example. Where examples do not mix, every entry of a node's cotangent is multiplied by exactly the factor of
-the example it belongs to; an entry that mixes examples, or a parameter's, is not. The second pass also yields
-autograd's own parameter gradient, with which the captured Jacobians are compared later.
+A few plain backward passes suffice. The first sends a random cotangent `u`, the others `r_n u_n` with one power of two
+for each example, a digit of its number: one pass tells eight examples apart, two tell 64. Where examples do not mix,
+every entry of a node's cotangent is multiplied by exactly the factor of the example it belongs to; an entry that mixes
+examples, or a parameter's, is not. The passes also yield autograd's own parameter gradients, with which the captured
+Jacobians are compared later.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from lapkit.curvature.irregular import IrregularLayout, digit_factors, digits, irregular_layout
 from lapkit.curvature.tape import Graph, Use
 
 
@@ -45,62 +47,76 @@ class Layout:
         return moved.unflatten(1, (self.rounds, examples, -1)).transpose(1, 2).flatten(2, 3)
 
 
+AnyLayout = Layout | IrregularLayout
+
+
 @dataclass(frozen=True)
 class Probe:
-    """What two backward passes showed: layouts by node and output, None where examples mix, and autograd's gradient.
+    """What a few backward passes showed: layouts by node and output, None where examples mix, and autograd's gradients.
 
-    `certain` is false when some cotangent was too sparse to tell one layout from another, so that it may differ in
-    the next batch.
+    `certain` is false when a layout may be another one in the next batch: nothing or too little arrived to tell, or
+    the examples stand in no regular order.
     """
 
-    layouts: dict[Node, dict[int, Layout] | None]
+    layouts: dict[Node, dict[int, AnyLayout] | None]
     certain: bool
-    cotangent: Tensor  # (N, C)
-    factors: Tensor  # (N,)
-    gradients: Sequence[Tensor]  # of sum_n r_n u_n f_n
-
-
-def example_factors(examples: int, like: Tensor) -> Tensor:
-    """Powers of two `(N,)`, all different for up to eight examples and a fixed scramble of eight beyond."""
-    index = torch.arange(examples, dtype=torch.int64)
-    scrambled = torch.where(index < 8, index, (index * 2654435761 >> 13) % 8)
-    return torch.exp2(scrambled.to(torch.float64) - 4).to(like)
+    cotangent: Tensor  # (N, *, C)
+    factors: Sequence[Tensor]  # (N,), together different for all examples
+    gradients: Sequence[Sequence[Tensor]]  # of sum_n r_n u_n f_n, for each of the factors
 
 
 def probe(output: Tensor, nodes: Iterable[Node], parameters: Sequence[Tensor], numbers: Graph) -> Probe:
     """Find the layout of the examples in the cotangents of `nodes`.
 
     Args:
-        output: the model's output `(N, C)` with its graph.
+        output: the model's output `(N, *, C)` with its graph.
         nodes: the nodes asked about.
         parameters: leaves whose gradient is wanted; the backward passes run down to them.
         numbers: the graph, which knows which outputs of a node are used.
 
     Returns:
-        Layouts and the reference gradient.
+        Layouts and the reference gradients.
     """
-    wanted = list(nodes)
+    wanted, examples = list(nodes), len(output)
     generator = torch.Generator().manual_seed(0)
     cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64).to(output)
-    factors = example_factors(len(output), output)
+    factors = [digit_factors(examples, digit, output) for digit in range(digits(examples))]
     first = _collect(output, wanted, parameters, cotangent)[0]
-    second, gradients = _collect(output, wanted, parameters, cotangent * factors[:, None])
-    layouts: dict[Node, dict[int, Layout] | None] = {}
+    passes = [_collect(output, wanted, parameters, cotangent * _along(f, output)) for f in factors]
+    layouts: dict[Node, dict[int, AnyLayout] | None] = {}
     certain = True
     for node in wanted:
-        found: dict[int, Layout] = {}
+        found: dict[int, AnyLayout] = {}
         layouts[node] = found
         for number in sorted(numbers.outputs[node]):
-            one, two = first[node][number], second[node][number]
-            if one is None or two is None:  # autograd knows this cotangent to be zero
+            one = first[node][number]
+            if one is None:  # autograd knows this cotangent to be zero
                 continue
-            candidates = _candidates(one, two, factors)
-            if not candidates:
+            scaled = [arrived[node][number] for arrived, _ in passes]
+            layout, sure = _layout(one, [torch.zeros_like(one) if t is None else t for t in scaled], factors)
+            certain = certain and sure
+            if layout is not None:
+                found[number] = layout
+            elif one.numel():  # nothing arrives at an expert that no example is sent to
                 layouts[node] = None
                 break
-            certain = certain and len(candidates) == 1
-            found[number] = candidates[0]
-    return Probe(layouts, certain, cotangent, factors, gradients)
+    return Probe(layouts, certain, cotangent, factors, [gradients for _, gradients in passes])
+
+
+def _along(factors: Tensor, output: Tensor) -> Tensor:
+    """Factors `(N,)` in a shape that multiplies outputs."""
+    return factors.reshape(-1, *[1] * (output.ndim - 1))
+
+
+def _layout(one: Tensor, scaled: list[Tensor], factors: Sequence[Tensor]) -> tuple[AnyLayout | None, bool]:
+    """The layout of a cotangent, if examples do not mix there, and whether it will hold for other batches."""
+    if one.ndim and one.numel() and not one.any():  # nothing arrives, but rows have gone in and count
+        even = len(one) % len(factors[0]) == 0
+        return (Layout(0) if even else IrregularLayout(0, torch.zeros(len(one), dtype=torch.long))), False
+    candidates = _candidates(one, scaled, factors)
+    if candidates:
+        return candidates[0], len(candidates) == 1
+    return irregular_layout(one, scaled, len(factors[0])), False
 
 
 def _collect(
@@ -121,21 +137,22 @@ def _collect(
     finally:
         for handle in handles:
             handle.remove()
-    return arrived, gradients
+    return arrived, [g.to_dense() if g.is_sparse else g for g in gradients]  # an embedding may ask for sparse ones
 
 
-def _candidates(one: Tensor, two: Tensor, factors: Tensor) -> list[Layout]:
-    """The layouts under which `two` is `one` scaled by each example's factor; the same layout twice counts once."""
-    examples = len(factors)
-    if one.numel() == 0:  # such as an expert that no example is sent to
+def _candidates(one: Tensor, scaled: list[Tensor], factors: Sequence[Tensor]) -> list[Layout]:
+    """The regular layouts under which `scaled` is `one` times each example's factors."""
+    examples = len(factors[0])
+    if one.numel() == 0:
         return []
     # Powers of two scale exactly; what is allowed for is another order of summation.
-    tolerance = min(1e3 * torch.finfo(one.dtype).eps, 0.02) * two.abs().max()
+    relative = min(1e3 * torch.finfo(one.dtype).eps, 0.02)
 
     def fits(layout: Layout) -> bool:
-        owner = layout.owners(one.shape[layout.axis], examples).to(factors.device)
-        scale = factors[owner].reshape(-1, *[1] * (one.ndim - layout.axis - 1))
-        return bool(((two - one * scale).abs() <= tolerance).all())
+        owner = layout.owners(one.shape[layout.axis], examples).to(one.device)
+        shape = (-1, *[1] * (one.ndim - layout.axis - 1))
+        differences = ((two - one * f[owner].reshape(shape)).abs() for two, f in zip(scaled, factors, strict=True))
+        return all(bool((d <= relative * two.abs().max()).all()) for d, two in zip(differences, scaled, strict=True))
 
     positions = {axis: length // examples for axis, length in enumerate(one.shape) if length % examples == 0}
     simple = [
@@ -158,7 +175,7 @@ def resolve(graph: Graph, output: Tensor, parameters: Sequence[Tensor]) -> tuple
 
     Args:
         graph: the tape.
-        output: the model's output `(N, C)`.
+        output: the model's output `(N, *, C)`.
         parameters: the selected leaves.
 
     Returns:

@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from lapkit.curvature import internals
 from lapkit.curvature.jacobians import DenseJacobian, summable
-from lapkit.curvature.layout import Layout
+from lapkit.curvature.layout import AnyLayout
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.tape import Use
 
@@ -51,7 +51,7 @@ def local_pull_back(use: Use, parameter: Tensor, leaf: Node) -> PullBack:
 
 def local_jacobian(
     pull_back: PullBack,
-    layouts: dict[int, Layout],
+    layouts: dict[int, AnyLayout],
     examples: int,
     cotangents: Arrived,
     *,
@@ -82,7 +82,7 @@ def local_jacobian(
     return DenseJacobian(summable(torch.cat(rows)).unflatten(0, (columns, examples)))
 
 
-def _masked(cotangent: Tensor, layout: Layout, examples: int, chunk: Tensor) -> Tensor:
+def _masked(cotangent: Tensor, layout: AnyLayout, examples: int, chunk: Tensor) -> Tensor:
     """Copies of a cotangent `(n, *shape)`, each zero outside one example of the chunk."""
     owners = layout.owners(cotangent.shape[layout.axis], examples)
     mask = (chunk[:, None] == owners).to(cotangent)

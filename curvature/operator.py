@@ -25,13 +25,18 @@ class SymmetricOperator(ABC):
 
     @property
     @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Floating type of the entries."""
+    def _entries(self) -> Tensor:
+        """One of the tensors that the matrix is made of."""
 
     @property
-    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Floating type of the entries."""
+        return self._entries.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the entries are."""
+        return self._entries.device
 
     @abstractmethod
     def diagonal(self) -> Tensor:
@@ -46,16 +51,16 @@ class SymmetricOperator(ABC):
         """The logarithm of the determinant."""
 
     @abstractmethod
-    def to(self, dtype: torch.dtype) -> SymmetricOperator:
-        """The same operator with entries of another floating type."""
-
-    @abstractmethod
     def scale(self, factor: Tensor | float) -> SymmetricOperator:
         """`factor * A`."""
 
     @abstractmethod
     def inverse_quadratic(self, jacobian: Jacobian) -> Tensor:
         """`J_n A^{-1} J_n^T` of each example, `(N, K, K)`: for a precision A, the covariance of linearised outputs."""
+
+    @abstractmethod
+    def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
+        """The same matrix with every tensor it is made of converted."""
 
     @abstractmethod
     def _shift(self, delta: Tensor) -> SymmetricOperator: ...
@@ -68,6 +73,34 @@ class SymmetricOperator(ABC):
 
     @abstractmethod
     def _inverse_root_transpose(self, vectors: Tensor) -> Tensor: ...
+
+    def to(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> SymmetricOperator:
+        """The same operator with entries of another floating type, or on another device."""
+        return self._map(lambda tensor: tensor.to(dtype=dtype, device=device))
+
+    def __add__(self, other: SymmetricOperator) -> SymmetricOperator:
+        """`A + B` of one structure: for curvatures, which are sums over examples, that of all examples.
+
+        Raises:
+            TypeError: if the sum does not have that structure.
+            ValueError: if the sizes differ.
+        """
+        if not isinstance(other, SymmetricOperator):
+            return NotImplemented
+        if other.size != self.size:
+            raise ValueError(f"Operators over {self.size} and {other.size} weights do not add up.")
+        return self._add(other)
+
+    def _add(self, other: SymmetricOperator) -> SymmetricOperator:
+        """The sum, where it has the structure of both.
+
+        Raises:
+            TypeError: if it does not.
+        """
+        raise TypeError(
+            f"The sum of {type(self).__name__} and {type(other).__name__} has the structure of neither. Add operators "
+            "of one structure."
+        )
 
     def shift(self, delta: Tensor | float) -> SymmetricOperator:
         """`A + diag(delta)`, for one number or one for each weight.

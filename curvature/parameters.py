@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +49,8 @@ class Parameters:
         """The trainable parameters of `model`, or those of them that `names` picks.
 
         Args:
-            model: any module; parameters with `requires_grad=False` are left out.
+            model: any module, seen without compile and distribution wrappers; parameters with `requires_grad=False`
+                are left out.
             names: names of parameters or of modules (which stand for all parameters inside); None means all.
 
         Returns:
@@ -56,7 +59,7 @@ class Parameters:
         Raises:
             ValueError: if nothing is left, or a name picks nothing that can be trained.
         """
-        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        trainable = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if names is None:
             return cls(tuple(trainable), tuple(trainable.values()))
         wanted = list(names)
@@ -125,6 +128,44 @@ class Parameters:
             )
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside `torch.compile`, `DistributedDataParallel` and `DataParallel` wrappers.
+
+    A compiled graph is opaque to autograd's tape, and a distributed wrapper would wait for a backward pass that never
+    comes.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+_autocast: ContextVar[tuple[str, torch.dtype] | None] = ContextVar("_autocast", default=None)
+
+
+@contextmanager
+def _without_autocast(device: str) -> Iterator[None]:
+    """Sums of curvature keep their precision under a caller's autocast, which `callers_autocast` puts back."""
+    if not torch.is_autocast_enabled(device):
+        yield
+        return
+    token = _autocast.set((device, torch.get_autocast_dtype(device)))
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        _autocast.reset(token)
+
+
+def callers_autocast() -> AbstractContextManager[Any]:
+    """For the forward pass alone: the autocast under which lapkit was called."""
+    setting = _autocast.get()
+    return nullcontext() if setting is None else torch.autocast(setting[0], dtype=setting[1])
+
+
 @contextmanager
 def borrowed(model: nn.Module, parameters: Parameters) -> Iterator[None]:
     """The model in eval mode with only `parameters` requiring gradients; as it was afterwards, whatever happens.
@@ -141,7 +182,7 @@ def borrowed(model: nn.Module, parameters: Parameters) -> Iterator[None]:
             module.training = False
         for p, _ in flags:
             p.requires_grad_(id(p) in chosen)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _without_autocast(parameters.device.type):
             yield
     finally:
         for module, mode in modes:

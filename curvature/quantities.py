@@ -6,34 +6,64 @@ Quantities add up over columns, batches and machines. Several ride one backward 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import final
+from dataclasses import is_dataclass
+from itertools import accumulate
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
 
 from lapkit.curvature.block_diagonal import BlockDiagonal
+from lapkit.curvature.columns import Columns
+from lapkit.curvature.cross import add_blocks, mirrored
 from lapkit.curvature.dense import Dense
 from lapkit.curvature.diagonal import Diagonal
-from lapkit.curvature.jacobians import LayerJacobian
-from lapkit.curvature.kronecker_product import KroneckerProduct
+from lapkit.curvature.jacobians import LayerJacobian, summable
+from lapkit.curvature.likelihoods import Likelihood
 from lapkit.curvature.memory import default_budget
-from lapkit.curvature.operator import SymmetricOperator
 from lapkit.curvature.parameters import Parameters
+from lapkit.curvature.results import CurvatureSum, Result
 
 
 class Quantity(ABC):
     """A sum over the data of something made of the layers' Jacobians.
 
+    `accumulate` calls, in this order: `begin` once; for each batch `begin_batch`, then for each chunk of columns
+    `update` for each parameter and `end_columns`, then `end_batch`.
+
     Args:
         parameters: the weights, whose order the result follows.
+        columns: which columns it wants, if not those of the call.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
+    columns: Columns | None = None
+
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
         self.parameters = parameters
+        self.columns = self.columns if columns is None else columns
+        self.count = 0
+        self.about: dict[str, str] = {}
+
+    def begin(self, columns: Columns, likelihood: Likelihood) -> None:
+        """Learn what will be summed; a second pass must sum the same.
+
+        Raises:
+            ValueError: if an earlier pass was over other columns or another likelihood.
+        """
+        about = {"columns": described(columns), "likelihood": described(likelihood)}
+        if self.count and not about.items() <= self.about.items():
+            raise ValueError(f"This quantity holds sums of {self.about}, which {about} cannot be added to.")
+        self.about = {**self.about, **about}
+
+    def begin_batch(self, examples: int, weights: Tensor | None) -> None:
+        """A batch of N examples begins; their weights `(N,)`, if there are any, are in the columns already."""
+        self.count += examples
 
     @abstractmethod
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
         """Take one parameter's Jacobian for a chunk of columns.
+
+        A parameter whose derivative autograd knows to be zero is left out.
 
         Args:
             name: the parameter.
@@ -41,35 +71,54 @@ class Quantity(ABC):
             first: whether it is the first chunk of columns of this batch.
         """
 
-    @abstractmethod
-    def result(self) -> SymmetricOperator:
-        """The sum so far."""
-
     def end_columns(self) -> None:  # noqa: B027 (most quantities have nothing left to do)
         """Called after each chunk of columns, when every parameter's Jacobian has been seen."""
 
+    def end_batch(self) -> None:  # noqa: B027 (likewise)
+        """Called after the last chunk of columns of a batch."""
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    @abstractmethod
+    def result(self) -> Result:
+        """What has been summed so far, apart from what comes later."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, in flat order."""
+        return {n: tuple(p.shape) for n, p in zip(self.parameters.names, self.parameters.tensors, strict=True)}
+
+
+def described(settings: object) -> str:
+    """A frozen dataclass by its fields, anything else by its type: equal words for equal settings."""
+    return repr(settings) if is_dataclass(settings) else type(settings).__qualname__
+
+
+def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
     """Add in place; the first value is copied, since two parameters may have been handed the same.
 
     Raises:
         ValueError: if the shape differs from that of earlier batches; it must not be broadcast.
     """
-    if name in sums:
-        if sums[name].shape != value.shape:
+    if key in sums:
+        if sums[key].shape != value.shape:
             raise ValueError(
-                f"Parameter {name!r} is used in another way in this batch than before: its curvature has the form "
-                f"{tuple(value.shape)} after {tuple(sums[name].shape)}. Use batches that take the same path through "
-                "the model, or a structure without Kronecker factors."
+                f"Parameter {key.partition('/')[2]!r} is used in another way in this batch than before: its curvature "
+                f"has the form {tuple(value.shape)} after {tuple(sums[key].shape)}. Use batches that take the same "
+                "path through the model, or a structure without Kronecker factors."
             )
-        sums[name] += value
+        sums[key] += value
     else:
-        sums[name] = value.clone()
+        sums[key] = value.clone()
 
 
-def _same_memory(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors are the same numbers in the same place."""
-    return one.data_ptr() == two.data_ptr() and one.shape == two.shape and one.stride() == two.stride()
+@final
+class DiagonalSum(CurvatureSum):
+    """`diag(H)`, one tensor `value/NAME` in the shape of each parameter."""
+
+    main: ClassVar[str] = "value"
+
+    def operator(self) -> Diagonal:
+        """One value for each weight."""
+        return Diagonal(torch.cat([t.flatten() for t in self.part("value").values()]))
 
 
 @final
@@ -80,38 +129,60 @@ class GGNDiagonal(Quantity):
         Dangel, Backpropagation Beyond the Gradient, table 5.1 (DiagGGN).
     """
 
-    def __init__(self, parameters: Parameters) -> None:
-        super().__init__(parameters)
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
+        super().__init__(parameters, columns=columns)
         self.sums: dict[str, Tensor] = {}
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
         """See `Quantity.update`."""
-        _add(self.sums, name, jacobian.square_sum())
+        add_to(self.sums, f"value/{name}", jacobian.square_sum())
 
-    def result(self) -> Diagonal:
-        """One value for each weight."""
-        sizes = dict(zip(self.parameters.names, self.parameters.sizes, strict=True))
-        like = next(iter(self.sums.values()))
-        return Diagonal(torch.cat([self.sums.get(n, like.new_zeros(sizes[n])) for n in sizes]))
+    def result(self) -> DiagonalSum:
+        """See `Quantity.result`."""
+        like = summable(self.parameters.tensors[0].detach())
+        values = {n: self.sums.get(f"value/{n}", like.new_zeros(shape)) for n, shape in self.shapes.items()}
+        tensors = {f"value/{n}": v.clone().reshape(self.shapes[n]) for n, v in values.items()}
+        return DiagonalSum(self.shapes, tensors, self.count, self.about)
+
+
+@final
+class BlockSum(CurvatureSum):
+    """The diagonal blocks of H, one matrix `block/NAME` for each parameter."""
+
+    main: ClassVar[str] = "block"
+
+    def operator(self) -> BlockDiagonal:
+        """One dense block for each parameter."""
+        return BlockDiagonal(tuple(Dense(block.clone()) for block in self.part("block").values()))
 
 
 @final
 class GGNBlocks(Quantity):
     """The exact diagonal block of each parameter."""
 
-    def __init__(self, parameters: Parameters) -> None:
-        super().__init__(parameters)
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
+        super().__init__(parameters, columns=columns)
         self.sums: dict[str, Tensor] = {}
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
         """See `Quantity.update`."""
-        _add(self.sums, name, jacobian.block())
+        add_to(self.sums, f"block/{name}", jacobian.block())
 
-    def result(self) -> BlockDiagonal:
-        """One dense block for each parameter."""
-        sizes = dict(zip(self.parameters.names, self.parameters.sizes, strict=True))
-        like = next(iter(self.sums.values()))
-        return BlockDiagonal(tuple(Dense(self.sums.get(n, like.new_zeros(s, s)).clone()) for n, s in sizes.items()))
+    def result(self) -> BlockSum:
+        """See `Quantity.result`."""
+        like = summable(self.parameters.tensors[0].detach())
+        sizes = zip(self.parameters.names, self.parameters.sizes, strict=True)
+        blocks = {f"block/{n}": self.sums.get(f"block/{n}", like.new_zeros(size, size)) for n, size in sizes}
+        return BlockSum(self.shapes, {k: b.clone() for k, b in blocks.items()}, self.count, self.about)
+
+
+@final
+class DenseSum(CurvatureSum):
+    """H itself, one tensor `matrix`."""
+
+    def operator(self) -> Dense:
+        """The matrix."""
+        return Dense(self.tensors["matrix"].clone())
 
 
 @final
@@ -122,98 +193,42 @@ class GGNDense(Quantity):
         ValueError: if it would not fit into the memory that is free.
     """
 
-    def __init__(self, parameters: Parameters) -> None:
-        super().__init__(parameters)
-        needed = parameters.numel**2 * max(parameters.dtype.itemsize, 4)
-        if needed > 4 * default_budget(parameters.device):
-            raise ValueError(
-                f"The full matrix over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, more than is "
-                "free. Choose hessian_structure='kron' or 'diag', or fewer weights (subset_of_weights='last_layer')."
-            )
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
+        super().__init__(parameters, columns=columns)
+        check_matrix_fits(parameters)
         self.total: Tensor | None = None
-        self.rows: dict[str, Tensor] = {}
+        self.jacobians: dict[str, LayerJacobian] = {}
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
         """See `Quantity.update`."""
-        self.rows[name] = jacobian.to_dense()
+        self.jacobians[name] = jacobian
 
     def end_columns(self) -> None:
         """Multiply what the layers have left."""
-        like = next(iter(self.rows.values()))
-        sizes = zip(self.parameters.names, self.parameters.sizes, strict=True)
-        parts = [self.rows.get(n, like.new_zeros(*like.shape[:2], s)) for n, s in sizes]
-        rows = torch.cat(parts, dim=-1).flatten(0, 1)
+        size, like = self.parameters.numel, summable(self.parameters.tensors[0].detach())
         if self.total is None:
-            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.T, rows)
-        self.rows = {}
+            self.total = like.new_zeros(size, size)
+        starts = accumulate((0, *self.parameters.sizes))
+        places = zip(self.parameters.names, starts, strict=False)
+        add_blocks(self.total, [(start, self.jacobians[n]) for n, start in places if n in self.jacobians])
+        self.jacobians = {}
 
-    def result(self) -> Dense:
-        """The matrix.
-
-        Raises:
-            ValueError: if nothing was seen.
-        """
-        if self.total is None:
-            raise ValueError("No data has been seen.")
-        return Dense(self.total.clone())
+    def result(self) -> DenseSum:
+        """See `Quantity.result`."""
+        size, like = self.parameters.numel, summable(self.parameters.tensors[0].detach())
+        total = like.new_zeros(size, size) if self.total is None else mirrored(self.total, self.parameters.sizes)
+        return DenseSum(self.shapes, {"matrix": total}, self.count, self.about)
 
 
-@final
-class GGNKronecker(Quantity):
-    """KFAC in the expand setting, `B (x) A` for each weight; exact blocks for biases and other small parameters.
+def check_matrix_fits(parameters: Parameters) -> None:
+    """Refuse a full matrix over weights that are too many.
 
-    With sums over examples n and the T positions t that share a weight: `B = sum g g^T`, `A = (sum a a^T) / (N T)`.
-    For convolutions this keeps the trace of the product near that of the exact block; without the division by T it
-    would be tens to hundreds of times too large.
-
-    Reference:
-        Grosse and Martens, A Kronecker-factored approximate Fisher matrix for convolution layers, 2016; Eschenhagen
-        et al., Kronecker-factored approximate curvature for modern neural network architectures, 2023 (expand).
+    Raises:
+        ValueError: if it would not fit into the memory that is free.
     """
-
-    def __init__(self, parameters: Parameters) -> None:
-        super().__init__(parameters)
-        self.outputs: dict[str, Tensor] = {}
-        self.inputs: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.transposed: dict[str, bool] = {}
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
-        """See `Quantity.update`; inputs are the same for all columns and count once."""
-        _add(self.outputs, name, self._output_moment(jacobian))
-        if first:
-            moment, count = jacobian.input_moment()
-            _add(self.inputs, name, moment)
-            self.counts[name] = self.counts.get(name, 0) + count
-            self.transposed[name] = jacobian.transposed
-
-    def _output_moment(self, jacobian: LayerJacobian) -> Tensor:
-        """Weight and bias of a layer are sent the same cotangent, one after the other: its moment is computed once."""
-        cotangent = jacobian.sole_cotangent()
-        if cotangent is None:
-            return jacobian.output_moment()
-        if self._last is None or not _same_memory(self._last[0], cotangent):
-            self._last = cotangent, jacobian.output_moment()
-        return self._last[1]
-
-    def end_columns(self) -> None:
-        """Let go of the cotangent."""
-        self._last = None
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """The two factors of one parameter's block, rows of the weight first: `(G, R, R)` and `(G, C, C)`."""
-        b, a = self.outputs[name].clone(), self.inputs[name] / self.counts[name]
-        return (a, b) if self.transposed[name] else (b, a)
-
-    def result(self) -> BlockDiagonal:
-        """One Kronecker block for each parameter."""
-        return BlockDiagonal(
-            tuple(self._block(n, s) for n, s in zip(self.parameters.names, self.parameters.sizes, strict=True))
+    needed = parameters.numel**2 * max(parameters.dtype.itemsize, 4)
+    if needed > 4 * default_budget(parameters.device):
+        raise ValueError(
+            f"The full matrix over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, more than is "
+            "free. Choose hessian_structure='kron' or 'diag', or fewer weights (subset_of_weights='last_layer')."
         )
-
-    def _block(self, name: str, size: int) -> SymmetricOperator:
-        if name not in self.outputs:
-            return Diagonal(next(iter(self.outputs.values())).new_zeros(size))
-        return KroneckerProduct(*self.factors(name))

@@ -7,24 +7,45 @@ one function to `RULES`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lapkit.curvature.internals import saved, shape_at
-from lapkit.curvature.jacobians import DenseJacobian, LayerJacobian, summable
-from lapkit.curvature.layout import Layout
-from lapkit.curvature.outer_product import OuterProduct
+from lapkit.curvature import internals
+from lapkit.curvature.jacobians import LayerJacobian
+from lapkit.curvature.layout import AnyLayout
+from lapkit.curvature.rules_batched import batched_left_operand, batched_right_operand
+from lapkit.curvature.rules_convolution import convolution_bias, convolution_weight
+from lapkit.curvature.rules_elementwise import (
+    choice,
+    concatenation,
+    product_added,
+    quotient,
+    repetition,
+    scale,
+    shift,
+    slope,
+)
+from lapkit.curvature.rules_embedding import embedding
+from lapkit.curvature.rules_grouped import grouped_right_operand
+from lapkit.curvature.rules_linear import (
+    left_operand,
+    linear_weight,
+    right_operand,
+    vector_operand,
+)
+from lapkit.curvature.rules_norm import batch_norm, group_norm, layer_norm, rms_norm
+from lapkit.curvature.site import FromCotangent, Site
 from lapkit.curvature.tape import Use
 
-FromCotangent = Callable[[Tensor], LayerJacobian]
+__all__ = ["RULES", "FromCotangent", "closed_form"]
+
+ANY = -1  # any operand
 
 
 def closed_form(
-    use: Use, layout: Layout, examples: int, parameter: Tensor, leaf: Node, budget: int
+    use: Use, layout: AnyLayout, examples: int, parameter: Tensor, leaf: Node, budget: int
 ) -> FromCotangent | None:
     """The closed form of one use of a parameter, if there is one.
 
@@ -39,146 +60,59 @@ def closed_form(
     Returns:
         A function from cotangents `(K, *shape)` to the Jacobian, or None.
     """
-    rule = RULES.get((use.node.name(), use.slot))
-    return rule(use, layout, examples, parameter, leaf, budget) if rule else None
-
-
-def _is_transpose(node: Node) -> bool:
-    """Whether a node transposes a matrix, however that was written."""
-    if node.name() == "TBackward0":
-        return True
-    if node.name() == "TransposeBackward0":  # parity tells the two axes apart, also where -1 is stored as 2^64 - 1
-        return (int(saved(node, "dim0")) - int(saved(node, "dim1"))) % 2 == 1
-    return node.name() == "PermuteBackward0" and int(saved(node, "dims")[0]) % 2 == 1
-
-
-def _orientation(use: Use, parameter: Tensor, leaf: Node) -> bool | None:
-    """Whether the operand is the matrix `parameter` transposed; None if it is something else made of it."""
-    child = use.node.next_functions[use.slot][0]
-    if child is leaf:
-        return False
-    if child is None or parameter.ndim != 2 or child.next_functions[0][0] is not leaf:
+    rule = RULES.get((use.node.name(), use.slot)) or RULES.get((use.node.name(), ANY))
+    if rule is None or not internals.dtype_at(use.node, 0).is_floating_point:  # complex numbers go the generic way
         return None
-    return True if _is_transpose(child) else None
-
-
-def _right_operand(
-    use: Use, layout: Layout, examples: int, parameter: Tensor, leaf: Node, budget: int
-) -> FromCotangent | None:
-    """`x W`: rows of x and of the cotangent are examples or positions."""
-    flipped = _orientation(use, parameter, leaf)
-    a = saved(use.node, "mat1" if use.node.name() == "AddmmBackward0" else "self")
-    if flipped is None or a is None or layout.axis != 0 or saved(use.node, "alpha") not in (None, 1):
-        return None
-    a = summable(layout.canonical(a.detach()[None], examples)[0]).unsqueeze(2)  # (N, T, 1, I)
-    return lambda c: OuterProduct(
-        a, summable(layout.canonical(c, examples)).unsqueeze(3), transposed=not flipped, budget=budget
-    )
-
-
-def _left_operand(
-    use: Use, layout: Layout, examples: int, parameter: Tensor, leaf: Node, budget: int
-) -> FromCotangent | None:
-    """`W x`: columns of x and of the cotangent are examples or positions."""
-    flipped = _orientation(use, parameter, leaf)
-    a = saved(use.node, "mat2")
-    if flipped is None or a is None or layout.axis != 1:
-        return None
-    a = summable(layout.canonical(a.detach()[None], examples)[0]).unsqueeze(2)
-    return lambda c: OuterProduct(
-        a, summable(layout.canonical(c, examples)).unsqueeze(3), transposed=flipped, budget=budget
-    )
-
-
-def _convolution_weight(
-    use: Use, layout: Layout, examples: int, parameter: Tensor, leaf: Node, budget: int
-) -> FromCotangent | None:
-    """Patches of the input against cotangents at the output positions, a group at a time; one to three dimensions."""
-    x = saved(use.node, "input")
-    if x is None or saved(use.node, "transposed") or layout.axis != 0 or _orientation(use, parameter, leaf) is None:
-        return None
-    groups = int(saved(use.node, "groups"))
-    a = _patches(use.node, x.detach(), parameter.shape[2:], groups)  # (N R, G, I, L)
-    a = layout.canonical(a[None], examples)[0]  # (N, R, G, I, L)
-    a = summable(a).permute(0, 1, 4, 2, 3).flatten(1, 2)  # (N, T, G, I)
-
-    def jacobian(c: Tensor) -> OuterProduct:
-        g = layout.canonical(c.flatten(3).unflatten(2, (groups, -1)), examples)  # (K, N, R, G, O, L)
-        return OuterProduct(a, summable(g).permute(0, 1, 2, 5, 3, 4).flatten(2, 3), budget=budget)
-
-    return jacobian
-
-
-def _patches(node: Node, x: Tensor, kernel: torch.Size, groups: int) -> Tensor:
-    """All patches that a convolution sees, `(N, G, I, L)`: inputs of a patch by output positions.
-
-    Views of the padded input with overlapping strides, so that any number of dimensions is one line; copied once, by
-    the flattening.
-    """
-    stride, padding, dilation = (tuple(map(int, saved(node, n))) for n in ("stride", "padding", "dilation"))
-    x = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)]).contiguous()
-    outputs = [
-        (length - d * (k - 1) - 1) // s + 1
-        for length, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)
-    ]
-    steps = x.stride()[2:]
-    view = x.as_strided(
-        (*x.shape[:2], *kernel, *outputs),
-        (
-            *x.stride()[:2],
-            *(n * d for n, d in zip(steps, dilation, strict=True)),
-            *(n * s for n, s in zip(steps, stride, strict=True)),
-        ),
-    )
-    return view.reshape(len(x), groups, x.shape[1] // groups * math.prod(kernel), math.prod(outputs))
-
-
-def _convolution_bias(
-    use: Use, layout: Layout, examples: int, parameter: Tensor, leaf: Node, budget: int
-) -> FromCotangent | None:
-    """One number a channel, summed over positions: exact, where peers also approximate the bias."""
-    if layout.axis != 0 or use.node.next_functions[use.slot][0] is not leaf:
-        return None
-    return lambda c: DenseJacobian(summable(layout.canonical(c.flatten(3), examples)).sum((2, 4)))
-
-
-def _broadcast(
-    use: Use, layout: Layout, examples: int, parameter: Tensor, leaf: Node, budget: int
-) -> FromCotangent | None:
-    """A parameter that is added: its Jacobian is the cotangent, summed over the axes it was broadcast along."""
-    if use.node.next_functions[use.slot][0] is not leaf or saved(use.node, "beta") not in (None, 1):
-        return None
-    scale = 1.0
-    if use.slot == 1 and use.node.name() in ("AddBackward0", "SubBackward0"):
-        alpha = saved(use.node, "alpha")
-        if alpha is None:
-            return None
-        scale = float(alpha) if use.node.name() == "AddBackward0" else -float(alpha)
-
-    own = (1,) * (len(shape_at(use.node, 0)) - parameter.ndim) + tuple(parameter.shape)
-    if own[layout.axis] != 1:  # the parameter has its own value for each example: nothing to sum along that axis
+    site = Site(use, layout, examples, parameter, leaf, budget)
+    jacobian = rule(site)
+    if jacobian is None:
         return None
 
-    def jacobian(c: Tensor) -> DenseJacobian:
-        rest = own[: layout.axis] + own[layout.axis + 1 :]
-        values = summable(layout.canonical(c, examples))  # (K, N, R, *rest)
-        values = values.squeeze(2) if values.shape[2] == 1 else values.sum(2)  # a view where there is nothing to sum
-        values = values.sum_to_size(*values.shape[:2], *rest)
-        values = values.flatten(2) if rest else values[..., None]
-        return DenseJacobian(values if scale == 1 else scale * values)
+    def of_cotangent(cotangent: Tensor) -> LayerJacobian:
+        site.check_unchanged()
+        return jacobian(cotangent)
 
-    return jacobian
+    return of_cotangent
 
 
-RULES: dict[tuple[str, int], Callable[..., FromCotangent | None]] = {
-    ("AddmmBackward0", 2): _right_operand,
-    ("MmBackward0", 1): _right_operand,
-    ("MmBackward0", 0): _left_operand,
-    ("ConvolutionBackward0", 1): _convolution_weight,
-    ("ConvolutionBackward0", 2): _convolution_bias,
-    ("AddmmBackward0", 0): _broadcast,
-    ("AddBackward0", 0): _broadcast,
-    ("AddBackward0", 1): _broadcast,
-    ("SubBackward0", 0): _broadcast,
-    ("SubBackward0", 1): _broadcast,
+RULES: dict[tuple[str, int], Callable[[Site], FromCotangent | None]] = {
+    ("AddmmBackward0", 0): shift,
+    ("AddmmBackward0", 1): left_operand,
+    ("AddmmBackward0", 2): right_operand,
+    ("MmBackward0", 0): left_operand,
+    ("MmBackward0", 1): right_operand,
+    ("MvBackward0", 1): vector_operand,
+    ("BmmBackward0", 0): batched_left_operand,
+    ("BmmBackward0", 1): batched_right_operand,
+    ("BaddbmmBackward0", 0): shift,
+    ("BaddbmmBackward0", 1): batched_left_operand,
+    ("BaddbmmBackward0", 2): batched_right_operand,
+    ("GroupedMmBackward0", 1): grouped_right_operand,
+    ("LinearBackward0", 1): linear_weight,  # on devices whose matrix product takes the bias along
+    ("LinearBackward0", 2): shift,
+    ("EmbeddingBackward0", 0): embedding,
+    ("AddBackward0", 0): shift,
+    ("AddBackward0", 1): shift,
+    ("SubBackward0", 0): shift,
+    ("SubBackward0", 1): shift,
+    ("MulBackward0", 0): scale,
+    ("MulBackward0", 1): scale,
+    ("DivBackward0", 0): quotient,
+    ("DivBackward0", 1): quotient,
+    ("AddcmulBackward0", 0): shift,
+    ("AddcmulBackward0", 1): product_added,
+    ("AddcmulBackward0", 2): product_added,
+    ("WhereBackward0", 0): choice,
+    ("WhereBackward0", 1): choice,
+    ("PreluKernelBackward0", 1): slope,
+    ("CatBackward0", ANY): concatenation,
+    ("RepeatBackward0", 0): repetition,
 }
+
+# The same operation has other names on other devices. A name that is missing here takes the exact local path.
+for _name in ("ConvolutionBackward0", "ConvolutionOverrideableBackward0"):
+    RULES |= {(_name, 1): convolution_weight, (_name, 2): convolution_bias}
+for _name in ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"):
+    RULES |= {(_name, slot): batch_norm for slot in (1, 2)}
+for _name, _rule in (("NativeLayerNorm", layer_norm), ("NativeGroupNorm", group_norm), ("FusedRmsNorm", rms_norm)):
+    RULES |= {(f"{_name}Backward0", slot): _rule for slot in (1, 2)}

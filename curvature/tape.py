@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+from lapkit.curvature import internals
 from lapkit.curvature.parameters import Parameters
 
-# Operations on one tensor that only rename or copy its entries. What such a node makes of a parameter is still a
+# Operations on one tensor that only rename, copy or pick its entries. What such a node makes of a parameter is still a
 # parameter: the place where it meets the data is further up.
-TRANSPARENT = frozenset(
+TRANSPARENT = frozenset({"SqueezeBackward1", "SqueezeBackward2"}) | frozenset(
     f"{name}Backward0"
     for name in (
         *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias"),
         *("Expand", "Unsqueeze", "Squeeze", "ToCopy", "Clone", "Alias"),
+        *("Select", "Slice", "Split", "SplitWithSizes", "Unbind"),  # a part of a parameter is one, too
     )
 )
 
 # Operations that may move examples about as the data says: sorting by length, routing to experts. Two graphs that look
 # the same may then hold the examples in different places.
 ROUTING = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Segment")
+WRITING = ("IndexAdd", "IndexPut", "IndexCopy", "Scatter", "MaskedScatter")
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,26 @@ class Use:
     slot: int
 
 
+def never_used(names: Sequence[str]) -> str:
+    """The message for parameters that outputs do not depend on."""
+    return (
+        f"The forward pass never uses the selected parameters {list(names)}, so they have no curvature. "
+        "Leave them out: parameter.requires_grad_(False), or name the others in subset_of_weights."
+    )
+
+
 class Graph:
     """All nodes below an output, in a reproducible order, with the edges turned round.
 
     Args:
         output: a tensor with a `grad_fn`.
         parameters: the weights whose places are looked for.
-        strict: refuse parameters that the output does not depend on; otherwise they are passed over.
+        strict: refuse parameters that the output does not depend on, unless rows are put where the data says;
+            otherwise they are passed over.
 
     Raises:
-        ValueError: if the output has no graph, or does not depend on a parameter and `strict` is set.
+        ValueError: if the output has no graph, or does not depend on a parameter and `strict` is set, or a part of the
+            graph is hidden by reentrant checkpointing.
     """
 
     def __init__(self, output: Tensor, parameters: Parameters, *, strict: bool = True) -> None:
@@ -70,13 +84,15 @@ class Graph:
                 if child not in seen:
                     seen.add(child)
                     todo.append(child)
+        if any(node.name() == "CheckpointFunctionBackward" for node in self.nodes):
+            raise ValueError(
+                "The model recomputes a part of itself by reentrant checkpointing, which hides the weights inside from "
+                "autograd's tape. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
         leaves = {n: get_gradient_edge(p).node for n, p in zip(parameters.names, parameters.tensors, strict=True)}
         missing = [name for name, node in leaves.items() if node not in seen]
-        if missing and strict:
-            raise ValueError(
-                f"The forward pass never uses the selected parameters {missing}, so they have no curvature. "
-                "Leave them out: parameter.requires_grad_(False), or name the others in subset_of_weights."
-            )
+        if missing and strict and not self._writes_rows():  # else the next batch may be sent to them
+            raise ValueError(never_used(missing))
         self.leaves = {name: node for name, node in leaves.items() if node in seen}
 
     def signature(self) -> tuple[object, ...]:
@@ -91,9 +107,22 @@ class Graph:
             for node in self.nodes
         )
 
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """The shapes of everything that was computed, in the order of the nodes."""
+        return tuple(internals.shape_at(node, o) for node in self.nodes for o in sorted(self.outputs[node]))
+
+    def dtypes(self) -> set[torch.dtype]:
+        """The floating types of everything that was computed."""
+        found = {internals.dtype_at(node, o) for node in self.nodes for o in self.outputs[node]}
+        return {dtype for dtype in found if dtype.is_floating_point}
+
     def routes_by_data(self) -> bool:
         """Whether the places of the examples may depend on the data."""
         return any(node.name().lstrip("_").startswith(ROUTING) for node in self.nodes)
+
+    def _writes_rows(self) -> bool:
+        """Whether rows are put back in places that the data gives, as experts do with what they were sent."""
+        return any(node.name().startswith(WRITING) for node in self.nodes)
 
     def entries(self, parameter: str) -> set[Use]:
         """The first uses of a parameter that do more than rename its entries."""

@@ -33,7 +33,7 @@ from lapkit.curvature import (
     last_layer,
 )
 from lapkit.curvature.accumulate import EMPTY
-from lapkit.curvature.engine import forward
+from lapkit.curvature.forward import forward
 from lapkit.curvature.inputs import to_device, unpack
 from lapkit.curvature.jacobians import summable
 from lapkit.posteriors import (
@@ -178,7 +178,8 @@ class Laplace:
         """Sum the curvature at the current weights over the data.
 
         Args:
-            train_loader: batches `(inputs, targets)`; any iterable.
+            train_loader: batches `(inputs, targets)`, or `(inputs, targets, weights)` with floating weights `(N,)` that
+                multiply the examples' log likelihoods; any iterable.
             progress_bar: show one.
             generator: for Monte Carlo curvature.
 
@@ -216,9 +217,9 @@ class Laplace:
         self._fit = Fit(
             parameters=parameters,
             mean=summable(parameters.vector()),
-            curvature=quantity.result(),
+            curvature=quantity.result().operator(),
             loss=totals.loss,
-            count=totals.count,
+            count=totals.weight,
             outputs=totals.outputs,
             dispersion_power=self.columns.dispersion_power,
         )

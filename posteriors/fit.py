@@ -20,8 +20,8 @@ class Fit:
         mean: their values, `(P,)`.
         curvature: of the loss.
         loss: summed over examples, in nats.
-        count: number of examples.
-        outputs: number of outputs C.
+        count: sum of the examples' weights, their number where they have none.
+        outputs: number of outputs of an example.
         dispersion_power: how the curvature scales with the likelihood's precision: 1, or 2 for the empirical Fisher.
     """
 
@@ -29,8 +29,8 @@ class Fit:
     mean: Tensor
     curvature: SymmetricOperator
     loss: Tensor
-    count: int
-    outputs: int
+    count: float
+    outputs: float
     dispersion_power: int = 1
 
     def log_likelihood(self, likelihood: Likelihood, temperature: float = 1.0) -> Tensor:

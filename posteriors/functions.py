@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.engine import Engine
-from lapkit.curvature.inputs import can_be_cut, map_tensors
+from lapkit.curvature.inputs import can_be_cut, cut
 from lapkit.curvature.jacobians import summable
 from lapkit.curvature.operator import SymmetricOperator
 
@@ -18,9 +18,11 @@ from lapkit.curvature.operator import SymmetricOperator
 class FunctionDistribution:
     """Independent Gaussians over the outputs f of N inputs; of f, not of y: no observation noise is in it.
 
+    Outputs at T positions of an input have a Gaussian each; what they have in common is not kept.
+
     Args:
-        mean: `(N, C)`.
-        covariance: `(N, C, C)`.
+        mean: `(N, C)`, or `(N, T, C)`.
+        covariance: `(N, C, C)`, or `(N, T, C, C)`.
     """
 
     mean: Tensor
@@ -28,11 +30,11 @@ class FunctionDistribution:
 
     @property
     def variance(self) -> Tensor:
-        """Marginal variances, `(N, C)`."""
+        """Marginal variances, of the shape of the mean."""
         return self.covariance.diagonal(dim1=-2, dim2=-1)
 
     def sample(self, n_samples: int = 1, generator: torch.Generator | None = None) -> Tensor:
-        """Draws of the outputs, independent between inputs, `(S, N, C)`.
+        """Draws of the outputs, independent between inputs and positions, `(S, *mean.shape)`.
 
         Args:
             n_samples: how many, S.
@@ -44,7 +46,7 @@ class FunctionDistribution:
         noise = torch.randn(
             (n_samples, *self.mean.shape), generator=generator, dtype=self.mean.dtype, device=self.mean.device
         )
-        return self.mean + torch.einsum("ncd,snd->snc", _root(self.covariance), noise)
+        return self.mean + torch.einsum("...cd,s...d->s...c", _root(self.covariance), noise)
 
 
 def _root(covariance: Tensor) -> Tensor:
@@ -78,9 +80,11 @@ def linearized(engine: Engine, x: Any, precision: SymmetricOperator) -> Function
     step = backprop.examples_per_piece()
     if step < examples and can_be_cut(x, examples):
         pieces = [
-            linearized(engine, map_tensors(lambda t, s=start: t[s : s + step], x), precision)  # type: ignore[misc]
-            for start in range(0, examples, step)
+            linearized(engine, cut(x, slice(start, start + step)), precision) for start in range(0, examples, step)
         ]
         return FunctionDistribution(torch.cat([p.mean for p in pieces]), torch.cat([p.covariance for p in pieces]))
-    covariance = precision.inverse_quadratic(backprop.jacobian())
-    return FunctionDistribution(summable(backprop.output.detach()), (covariance + covariance.mT) / 2)
+    mean, covariance = summable(backprop.output.detach()), precision.inverse_quadratic(backprop.jacobian())
+    if mean.ndim == 3:  # (N, T C, T C): the blocks of each position
+        boxed = covariance.unflatten(2, mean.shape[1:]).unflatten(1, mean.shape[1:])
+        covariance = boxed.diagonal(dim1=1, dim2=3).movedim(-1, 1)
+    return FunctionDistribution(mean, (covariance + covariance.mT) / 2)

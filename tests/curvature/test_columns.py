@@ -3,46 +3,35 @@
 import oracles
 import pytest
 import torch
+from column_cases import EXAMPLES, POSITIONS, N, T, Words, diagonal, matrix, problem_of, words_of
+from likelihood_cases import close
 from torch import nn
 
 from lapkit.curvature import (
     GGN,
-    Bernoulli,
     Categorical,
+    CustomColumns,
+    Draws,
     EmpiricalFisher,
+    FromLogProb,
     Gaussian,
     GGNDense,
+    LossGradient,
     MonteCarloGGN,
     Parameters,
+    RandomSignGGN,
     accumulate,
 )
 
-LIKELIHOODS = {
-    "categorical": (Categorical(), torch.tensor([0, 2, 1, 1])),
-    "bernoulli": (Bernoulli(), torch.eye(4, 3, dtype=torch.float64)),
-    "gaussian": (Gaussian(), torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)),
-    "gaussian with noise": (Gaussian(noise=0.3), torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3)),
-}
 
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
-
-
-@pytest.fixture(params=LIKELIHOODS)
+@pytest.fixture(params=EXAMPLES)
 def problem(request):
-    """A likelihood, a network, inputs and targets, and the output Hessians by autograd."""
-    likelihood, y = LIKELIHOODS[request.param]
-    model, x = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)), torch.randn(4, 2)
-    hessians = oracles.output_hessian(lambda f, t: likelihood.loss(f[None], t[None])[0], model(x), y)
-    return likelihood, model, x, y, hessians
+    return problem_of(request.param)
 
 
-def matrix(columns, likelihood, model, batches, generator=None):
-    parameters = Parameters.of(model)
-    quantity = GGNDense(parameters)
-    accumulate(model, parameters, likelihood, columns, batches, [quantity], generator=generator)
-    return quantity.result().matrix
+@pytest.fixture(params=POSITIONS)
+def words(request):
+    return words_of(request.param)
 
 
 def test_exact_ggn(problem):
@@ -73,51 +62,140 @@ def test_empirical_fisher_is_the_sum_of_gradient_products(problem):
     close(float(likelihood.precision) ** EmpiricalFisher.dispersion_power * expected, expected_log_prob)
 
 
-def drawn(likelihood, model, x, y, samples, repeats):
-    """S S^T of many independent draws, (repeats, N, C, C): each example stands in the batch many times."""
-    f = model(x).detach().repeat(repeats, 1)
-    s = MonteCarloGGN(samples)(likelihood, f, y.repeat(repeats, *[1] * (y.ndim - 1)), torch.Generator().manual_seed(0))
-    assert s.shape == (samples, *f.shape)
-    return torch.einsum("knc,knd->ncd", s, s).unflatten(0, (repeats, len(x)))
+# -- many positions: pixels, words
 
 
-@pytest.mark.parametrize("samples", [1, 3])
-def test_monte_carlo_columns_are_unbiased(problem, samples):
-    """The mean over many draws lies within five of its own standard errors of the exact Hessian."""
-    likelihood, model, x, y, hessians = problem
-    draws = drawn(likelihood, model, x, y, samples, 20_000)
-    standard_error = draws.std(0) / len(draws) ** 0.5
-    assert ((draws.mean(0) - hessians).abs() <= 5 * standard_error + 1e-12).all()
-    assert standard_error.max() < 0.02  # so that the line above says something
+def test_exact_ggn_of_positions(words):
+    likelihood, model, x, y, expected = words
+    close(matrix(GGN(), likelihood, model, [(x, y)]), expected)
+    close(matrix(GGN(), likelihood, model, [(x[:1], y[:1]), (x[1:], y[1:])]), expected)
 
 
-def test_more_samples_spread_less(problem):
-    likelihood, model, x, y, hessians = problem
+def test_columns_of_positions_are_zero_but_for_one(words):
+    likelihood, model, x, y, _ = words
+    f = model(x).detach()
+    columns = GGN()(likelihood, f, y)
+    assert len(columns) == T * likelihood.rank(f)
+    assert columns[:].shape == (len(columns), *f.shape)
+    assert ((columns[:] != 0).any(3).any(1).sum(1) <= 1).all()
+    assert columns.to(torch.float32)[:1].dtype == torch.float32
 
-    def spread(samples):
-        return float((drawn(likelihood, model, x, y, samples, 4000) - hessians).square().mean())
 
-    assert spread(8) == pytest.approx(spread(1) / 8, rel=0.1)
+def test_targets_follow_the_axis_of_the_outputs():
+    """Outputs and targets `(N, C, T)` with as many classes as positions, which no shape tells apart."""
+    torch.manual_seed(1)
+    model, x, y = Words(), torch.randn(N, T, 2), torch.randn(N, T, 3)
+    turned = nn.Sequential(model, Turned())
+    found = []
+    for network, targets, axis in ((model, y, None), (turned, y.mT, 1)):
+        parameters = Parameters.of(network)
+        quantity = GGNDense(parameters)
+        totals = accumulate(
+            network, parameters, Gaussian(), LossGradient(), [(x, targets)], [quantity], output_axis=axis
+        )
+        found.append((totals.loss, quantity.result().operator().matrix))
+    for one, other in zip(*found, strict=True):
+        close(one, other)
 
 
-def test_monte_carlo_follows_the_generator(problem):
+class Turned(nn.Module):
+    """Classes before positions."""
+
+    def forward(self, f):
+        return f.mT
+
+
+LAZY = {
+    "ggn": GGN(),
+    "classes": GGN(classes=(2, 0)),
+    "signs": RandomSignGGN(samples=3, seed=1),
+    "monte carlo": MonteCarloGGN(samples=5, seed=1),
+}
+
+
+@pytest.mark.parametrize("columns", LAZY.values(), ids=LAZY.keys())
+@pytest.mark.parametrize("shape", [(N, 3), (N, T, 3)], ids=["examples", "positions"])
+def test_columns_do_not_depend_on_how_they_are_cut(columns, shape):
+    f, y = torch.randn(shape), torch.randint(3, shape[:-1])
+    made = columns(Categorical(), f, y, Draws(0, torch.arange(N)))
+    whole = made[:]
+    assert whole.shape == (len(made), *shape)
+    for size in (1, 2, 4, 100):
+        close(torch.cat([made[start : start + size] for start in range(0, len(made), size)]), whole)
+    assert made[len(made) :].shape == (0, *shape)
+
+
+def test_only_what_is_asked_for_is_computed():
+    """A vocabulary of 20,000 words at 50 positions: all columns would take 8 TB."""
+    f, y = torch.randn(1, 50, 20_000), torch.zeros(1, 50, dtype=torch.long)
+    columns = GGN()(Categorical(), f, y)
+    assert len(columns) == 50 * 19_999
+    part = columns[19_998:20_000]
+    assert part.count_nonzero((1, 3)).tolist() == [[2, *[0] * 49], [0, 20_000, *[0] * 48]]
+
+
+# -- classes
+
+
+def test_parts_of_all_classes_add_up(problem):
     likelihood, model, x, y, _ = problem
-    fit = lambda seed: matrix(  # noqa: E731
-        MonteCarloGGN(5), likelihood, model, [(x, y)], torch.Generator().manual_seed(seed)
+    f = model(x).detach()
+    parts = [matrix(GGN(classes=(c,)), likelihood, model, [(x, y)]) for c in range(3)]
+    close(sum(parts), matrix(GGN(), likelihood, model, [(x, y)]))
+    close(matrix(GGN(classes=[2, 0]), likelihood, model, [(x, y)]), parts[0] + parts[2])
+    if isinstance(likelihood, Categorical):
+        p = f.softmax(1)
+        s = p[:, 1, None].sqrt() * (torch.eye(3)[1] - p)
+        close(parts[1], oracles.ggn(oracles.jacobian(model, x), s[:, :, None] * s[:, None, :]))
+
+
+def test_parts_of_all_classes_add_up_for_positions(words):
+    likelihood, model, x, y, expected = words
+    if isinstance(likelihood, FromLogProb):
+        with pytest.raises(ValueError, match="has no root"):
+            matrix(GGN(classes=(0,)), likelihood, model, [(x, y)])
+    else:
+        close(sum(matrix(GGN(classes=(c,)), likelihood, model, [(x, y)]) for c in range(3)), expected)
+
+
+@pytest.mark.parametrize(("classes", "words_"), [((), "at least one class"), ((1, 1), "none twice")])
+def test_classes_must_be_a_set(classes, words_):
+    with pytest.raises(ValueError, match=words_):
+        GGN(classes=classes)
+
+
+@pytest.mark.parametrize("classes", [(3,), (0, -1)])
+def test_classes_must_be_outputs(problem, classes):
+    likelihood, model, x, y, _ = problem
+    with pytest.raises(ValueError, match=r"outputs 0 ... 2"):
+        GGN(classes=classes)(likelihood, model(x).detach(), y)
+
+
+# -- given columns
+
+
+def test_given_columns_are_sent_as_they_are(problem):
+    """So that another library's samples can be compared with."""
+    likelihood, model, x, y, _ = problem
+    given = torch.randn(2, *model(x).shape)
+    s = torch.einsum("knc,knd->ncd", given, given)
+    actual = matrix(CustomColumns(lambda *_: given), likelihood, model, [(x, y)])
+    close(actual, oracles.ggn(oracles.jacobian(model, x), s))
+
+
+def test_own_columns_see_targets_and_draws(problem):
+    likelihood, model, x, y, _ = problem
+    same = CustomColumns(lambda likelihood, f, y, draws: MonteCarloGGN(3)(likelihood, f, y, draws))
+    close(diagonal(same, likelihood, model, [(x, y)]), diagonal(MonteCarloGGN(3), likelihood, model, [(x, y)]))
+    gradient = CustomColumns(lambda likelihood, f, y, draws: likelihood.loss_gradient(f, y)[None])
+    close(
+        matrix(gradient, likelihood, model, [(x, y)]),
+        matrix(LossGradient(), likelihood, model, [(x, y)]),
     )
-    assert torch.equal(fit(1), fit(1))
-    assert not torch.equal(fit(1), fit(2))
 
 
-def test_monte_carlo_approaches_the_ggn_through_a_network(problem):
-    likelihood, model, x, y, hessians = problem
-    exact = oracles.ggn(oracles.jacobian(model, x), hessians)
-    estimate = matrix(MonteCarloGGN(4000), likelihood, model, [(x, y)], torch.Generator().manual_seed(0))
-    # One sample is off by about the matrix itself, so 4000 by some 1/60 of it.
-    assert (estimate - exact).norm() < 0.06 * exact.norm()
-
-
-@pytest.mark.parametrize("samples", [0, -1])
-def test_at_least_one_sample(samples):
-    with pytest.raises(ValueError, match="At least one"):
-        MonteCarloGGN(samples)
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 4, 2), (4, 3)])
+def test_given_columns_must_fit_the_outputs(problem, shape):
+    likelihood, model, x, y, _ = problem
+    with pytest.raises(ValueError, match=r"Expected columns \(K, 4, 3\), got"):
+        matrix(CustomColumns(lambda *_: torch.zeros(shape)), likelihood, model, [(x, y)])

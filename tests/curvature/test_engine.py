@@ -118,7 +118,7 @@ LAYERS_WITH_FACTORS = {  # networks whose every weight matrix or kernel must kee
     "sequence_pooled": 2,
     "time_major": 2,
     "examples_in_the_middle": 2,
-    "transposed_views": 6,  # permutations and transpositions that change nothing are left to the exact fallback
+    "transposed_views": 8,
     "raw_parameters": 2,
     "weight_used_twice": 2,
     "transformer_layer": 5,

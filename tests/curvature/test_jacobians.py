@@ -9,6 +9,7 @@ from lapkit.curvature import DenseJacobian, NetworkJacobian, OuterProduct
 from lapkit.curvature import jacobians as jacobians_module
 from lapkit.curvature.backprop import combined
 from lapkit.curvature.outer_product import concatenated
+from lapkit.curvature.sum_jacobian import SumJacobian
 
 INPUTS, OUTPUTS = 3, 2
 
@@ -217,7 +218,7 @@ def test_several_uses_are_summed_before_anything_is_squared(second):
     positions, transposed = second
     one, two = outer_product(3, 4, 1, 1, transposed=False), outer_product(3, 4, positions, 1, transposed)
     both = combined([one, two])
-    assert isinstance(both, DenseJacobian if transposed else OuterProduct)
+    assert isinstance(both, SumJacobian if transposed else OuterProduct)
     values = expanded(one) + expanded(two)
     close(both.to_dense(), values)
     close(both.square_sum(), values.square().sum((0, 1)))

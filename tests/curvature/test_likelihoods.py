@@ -1,51 +1,41 @@
-"""Every likelihood against autograd's Hessian and torch.distributions; targets as users have them."""
+"""Every likelihood against autograd's Hessian and torch.distributions."""
 
+import itertools
 import math
 
+import numpy as np
 import oracles
 import pytest
 import torch
+from likelihood_cases import LIKELIHOODS, NOISES, close, outer
 from torch import distributions
 
-from lapkit.curvature import Bernoulli, Categorical, Gaussian
+from lapkit.curvature import (
+    Bernoulli,
+    Categorical,
+    Draws,
+    FromLogProb,
+    Gaussian,
+    HeteroscedasticGaussian,
+    PerOutputGaussian,
+    Poisson,
+)
 
 EXAMPLES = 5
-
-
-def close(actual, expected, rtol=1e-10):
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=1e-12)
-
-
-def independent(distribution):
-    return distributions.Independent(distribution, 1)
-
-
-# name: (likelihood, number of outputs C, the distribution of torch that it stands for)
-LIKELIHOODS = {
-    "categorical": (Categorical(), 4, lambda f: distributions.Categorical(logits=f)),
-    "two classes": (Categorical(), 2, lambda f: distributions.Categorical(logits=f)),
-    "bernoulli": (Bernoulli(), 3, lambda f: independent(distributions.Bernoulli(logits=f))),
-    "one bernoulli": (Bernoulli(), 1, lambda f: independent(distributions.Bernoulli(logits=f))),
-    "gaussian": (Gaussian(), 3, lambda f: independent(distributions.Normal(f, 1.0))),
-    "gaussian with noise": (Gaussian(noise=0.3), 2, lambda f: independent(distributions.Normal(f, 0.3))),
-    "gaussian with a tensor of noise": (
-        Gaussian(noise=torch.tensor(2.0, dtype=torch.float64)),
-        1,
-        lambda f: independent(distributions.Normal(f, 2.0)),
-    ),
-}
+POSITIONS = 3
 
 
 @pytest.fixture(params=LIKELIHOODS)
-def case(request):
+def everywhere(request):
     likelihood, outputs, distribution = LIKELIHOODS[request.param]
-    f = 2 * torch.randn(EXAMPLES, outputs)
-    return likelihood, f, distribution
+    return likelihood, 2 * torch.randn(EXAMPLES, outputs), distribution
 
 
-def outer(columns):
-    """S S^T of each example, (N, C, C)."""
-    return torch.einsum("knc,knd->ncd", columns, columns)
+@pytest.fixture(params=[case for case in LIKELIHOODS if case != "heteroscedastic"])
+def case(request):
+    """Those whose Hessian does not depend on the targets."""
+    likelihood, outputs, distribution = LIKELIHOODS[request.param]
+    return likelihood, 2 * torch.randn(EXAMPLES, outputs), distribution
 
 
 def test_root_is_that_of_the_hessian(case):
@@ -63,49 +53,103 @@ def test_root_times_precision_is_the_curvature_of_log_prob(case):
     close(likelihood.precision * outer(likelihood.hessian_root(f)), oracles.output_hessian(minus, f, y))
 
 
-def test_number_of_columns(case):
-    likelihood, f, _ = case
+def test_heteroscedastic_root_is_that_of_the_mean_hessian():
+    """The Hessian is quadratic in y: its mean over y is that over `m - sigma` and `m + sigma`."""
+    f, likelihood = torch.randn(EXAMPLES, 4), HeteroscedasticGaussian()
+    mean, sigma = f[:, :2], (f[:, 2:] / 2).exp()
+    of_one = lambda f_n, y_n: likelihood.loss(f_n[None], y_n[None])[0]  # noqa: E731
+    ends = [mean + torch.tensor(signs) * sigma for signs in itertools.product([-1.0, 1.0], repeat=2)]
+    close(outer(likelihood.hessian_root(f)), torch.stack([oracles.output_hessian(of_one, f, y) for y in ends]).mean(0))
+
+
+def test_number_of_columns(everywhere):
+    likelihood, f, _ = everywhere
     columns = f.shape[1] - 1 if isinstance(likelihood, Categorical) else f.shape[1]
     assert likelihood.hessian_root(f).shape == (columns, *f.shape)
+    assert likelihood.rank(f) == columns
 
 
-def test_log_prob(case):
-    likelihood, f, distribution = case
+def test_some_columns_of_the_root(everywhere):
+    likelihood, f, _ = everywhere
+    whole = likelihood.hessian_root(f)
+    for part in (slice(0, 1), slice(1, None), slice(0, 0)):
+        close(likelihood.hessian_root(f, None, part), whole[part])
+
+
+def test_class_root_has_one_column_for_each_output(everywhere):
+    likelihood, f, _ = everywhere
+    each = likelihood.class_root(f, None, torch.arange(f.shape[1]))
+    close(outer(each), outer(likelihood.hessian_root(f)))
+    some = torch.arange(f.shape[1]).flip(0)[:2]
+    close(likelihood.class_root(f, None, some), each[some])
+
+
+def test_class_root_of_classes():
+    f = torch.randn(EXAMPLES, 4)
+    p = f.softmax(1)
+    expected = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None, :]  # columns last
+    close(Categorical().class_root(f, None, torch.arange(4)), expected.movedim(-1, 0))
+
+
+def test_other_likelihoods_have_no_class_root():
+    with pytest.raises(ValueError, match="FromLogProb has no root"):
+        FromLogProb(lambda f, y: f.sum(-1)).class_root(torch.zeros(4, 3), None, torch.arange(2))
+
+
+def test_positions_stand_for_examples(everywhere):
+    """Whatever is asked of (N, T, C) is what (N T, C) gives, put together."""
+    likelihood, f, distribution = everywhere
+    rows = 2 * torch.randn(EXAMPLES * POSITIONS, f.shape[1])
+    f = rows.unflatten(0, (EXAMPLES, POSITIONS))
+    y = distribution(rows).sample()
+    targets = y.unflatten(0, (EXAMPLES, POSITIONS))
+    close(likelihood.loss(f, targets), likelihood.loss(rows, y).unflatten(0, (EXAMPLES, POSITIONS)).sum(1))
+    close(likelihood.log_prob(f, targets), distribution(f).log_prob(targets).sum(1))
+    close(likelihood.hessian_root(f), likelihood.hessian_root(rows).unflatten(1, f.shape[:2]))
+    some = torch.tensor([f.shape[-1] - 1])
+    close(likelihood.class_root(f, None, some), likelihood.class_root(rows, None, some).unflatten(1, f.shape[:2]))
+    close(likelihood.loss_gradient(f, targets), likelihood.loss_gradient(rows, y).unflatten(0, f.shape[:2]))
+    close(likelihood.inverse_link(f), likelihood.inverse_link(rows).unflatten(0, f.shape[:2]))
+    draws = Draws.fresh(EXAMPLES)
+    assert likelihood.sample(f, draws).shape == targets.shape
+    assert likelihood.sampled_column(f, targets, draws).shape == f.shape
+    assert torch.equal(likelihood.check(f, targets), targets)
+
+
+def test_log_prob(everywhere):
+    likelihood, f, distribution = everywhere
     y = distribution(f).sample()
     close(likelihood.log_prob(f, y), distribution(f).log_prob(y))
     total = likelihood.log_likelihood(likelihood.loss(f, y).sum(), len(f), f.shape[1])
     close(total, distribution(f).log_prob(y).sum())
 
 
-def test_mean_and_samples(case):
-    likelihood, f, distribution = case
-    draws = 20_000
-    many = f[:1].expand(draws, -1)
-    samples = likelihood.sample(many, torch.Generator().manual_seed(1))
-    if isinstance(likelihood, Categorical):
-        samples = torch.nn.functional.one_hot(samples, f.shape[1]).to(f)
-        mean = distribution(f[0]).probs
-        variance = mean * (1 - mean)
-    else:
-        mean, variance = distribution(f[0]).mean, distribution(f[0]).variance
-    close(likelihood.inverse_link(f)[0], mean)
-    # Five standard errors; the variance of a sample variance is below 2 v^2 / n + v / n for these distributions.
-    assert ((samples.mean(0) - mean).abs() <= 5 * (variance / draws).sqrt() + 1e-12).all()
-    error = (samples.var(0) - variance).abs()
-    assert (error <= 5 * ((2 * variance**2 + variance) / draws).sqrt() + 1e-12).all()
+def test_log_prob_is_differentiable_in_the_noise():
+    f, y = torch.randn(4, 2), torch.randn(4, 2)
+    noise = torch.tensor(0.7, requires_grad=True)
+    (actual,) = torch.autograd.grad(Gaussian(noise=noise).log_prob(f, y).sum(), noise)
+    other = torch.tensor(0.7, requires_grad=True)
+    (expected,) = torch.autograd.grad(distributions.Normal(f, other).log_prob(y).sum(), other)
+    close(actual, expected)
 
 
-def test_samples_follow_the_generator(case):
-    likelihood, f, _ = case
-    draw = lambda seed: likelihood.sample(f.repeat(20, 1), torch.Generator().manual_seed(seed))  # noqa: E731
-    before = torch.get_rng_state()
-    assert torch.equal(draw(3), draw(3))
-    assert not torch.equal(draw(3), draw(4))
-    assert torch.equal(before, torch.get_rng_state())
+@pytest.mark.parametrize("name", ["noise", "scale"])
+def test_log_prob_is_differentiable_in_all_noises(name):
+    f, y = torch.randn(4, 3), torch.randn(4, 3)
+    given = {"noise": NOISES.clone(), "scale": torch.tensor(0.7)}
+    given[name].requires_grad_()
+    (actual,) = torch.autograd.grad(PerOutputGaussian(**given).log_prob(f, y).sum(), given[name])
+    (expected,) = torch.autograd.grad(
+        distributions.Normal(f, given["noise"] * given["scale"]).log_prob(y).sum(), given[name]
+    )
+    close(actual, expected)
 
 
-def test_predictive_without_uncertainty_is_the_likelihood(case):
-    likelihood, f, distribution = case
+# -- predictions
+
+
+def test_predictive_without_uncertainty_is_the_likelihood(everywhere):
+    likelihood, f, distribution = everywhere
     none = torch.zeros(len(f), f.shape[1], f.shape[1])
     y = distribution(f).sample()
     close(likelihood.predictive(f, none).log_prob(y), distribution(f).log_prob(y))
@@ -129,6 +173,38 @@ def test_gaussian_predictive_is_exact():
     predictive = Gaussian(noise=0.5).predictive(mean, root @ root.mT)
     close(predictive.mean, mean)
     close(predictive.covariance_matrix, root @ root.mT + 0.25 * torch.eye(2))
+
+
+def quadrature(mean, covariance, function, nodes=40):
+    """`E[function(f)]` of one `f ~ N(mean, covariance)` in two dimensions, by Gauss and Hermite."""
+    x, w = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
+    z = torch.cartesian_prod(x, x) @ torch.linalg.cholesky(covariance).T + mean
+    weights = torch.cartesian_prod(w, w).prod(1) / (2 * math.pi)
+    values = function(z)
+    return (weights.reshape(-1, *[1] * (values.ndim - 1)) * values).sum(0)
+
+
+def test_heteroscedastic_predictive_has_the_exact_moments():
+    mean, root = torch.randn(3, 2), torch.randn(3, 2, 2) / 2 + torch.eye(2)
+    covariance = root @ root.mT
+    predictive = HeteroscedasticGaussian().predictive(mean, covariance)
+    for n in range(3):
+        first = quadrature(mean[n], covariance[n], lambda f: f[:, 0])
+        second = quadrature(mean[n], covariance[n], lambda f: f[:, 0] ** 2 + f[:, 1].exp())
+        close(predictive.mean[n, 0], first)
+        close(predictive.variance[n, 0], second - first**2)
+    close(HeteroscedasticGaussian().expectation(mean, covariance), mean[:, :1])
+
+
+def test_poisson_predictive_has_the_exact_moments():
+    mean, root = torch.randn(3, 2), torch.randn(3, 2, 2) / 4
+    covariance = root @ root.mT + 0.01 * torch.eye(2)
+    predictive = Poisson().predictive(mean, covariance)
+    for n in range(3):
+        rate = quadrature(mean[n], covariance[n], torch.exp)
+        close(predictive.mean[n], rate)
+        close(predictive.variance[n], quadrature(mean[n], covariance[n], lambda f: (2 * f).exp()) - rate**2 + rate)
+    close(Poisson().expectation(mean, covariance), predictive.mean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -157,70 +233,3 @@ def test_confident_roots_keep_their_digits(gap, dtype):
     )
     bernoulli = outer(Bernoulli().hessian_root(f[:, :1] - f[:, 1:])).double()
     torch.testing.assert_close(bernoulli, torch.full((2, 1, 1), exact), rtol=rtol, atol=0)
-
-
-F3, F1 = torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
-NAN = torch.tensor([0.0, 1.0, float("nan"), 0.0], dtype=torch.float64)
-BAD = {
-    "float labels": (Categorical(), F3, torch.zeros(4), TypeError, r"integer type, got torch.float32.*\.long\(\)"),
-    "boolean labels": (Categorical(), F3, torch.zeros(4).bool(), TypeError, "integer type"),
-    "label too high": (Categorical(), F3, torch.tensor([0, 1, 2, 3]), ValueError, "between 0 and 3.*3 outputs"),
-    "negative label": (Categorical(), F3, torch.tensor([0, 1, -100, 2]), ValueError, "between -100 and 2"),
-    "one-hot labels": (Categorical(), F3, torch.eye(4, 3).long(), ValueError, r"shape \(4,\).*argmax"),
-    "too few labels": (Categorical(), F3, torch.zeros(3).long(), ValueError, r"\(3,\) targets for outputs \(4, 3\)"),
-    "a single label": (Categorical(), F3, torch.tensor(1), ValueError, "one target an example"),
-    "one logit": (Categorical(), F1, torch.zeros(4).long(), ValueError, "Bernoulli"),
-    "bernoulli shape": (Bernoulli(), F3, torch.zeros(4), ValueError, r"shape \(4, 3\)"),
-    "bernoulli too few": (Bernoulli(), F1, torch.zeros(5), ValueError, r"\(5,\) targets"),
-    "bernoulli values": (Bernoulli(), F1, torch.tensor([0.0, 1, 2, 1]), ValueError, "0 or 1.*between 0 and 2"),
-    "bernoulli minus one": (Bernoulli(), F1, torch.tensor([-1, 1, 1, 1]), ValueError, "between -1 and 1"),
-    "bernoulli NaN": (Bernoulli(), F1, NAN, ValueError, "NaN"),
-    "gaussian shape": (Gaussian(), F3, torch.zeros(4, 2), ValueError, r"shape \(4, 3\).*got \(4, 2\)"),
-    "gaussian vector for three": (Gaussian(), F3, torch.zeros(4), ValueError, r"shape \(4, 3\)"),
-    "gaussian transposed": (Gaussian(), F1, torch.zeros(1, 4), ValueError, r"\(1, 4\) targets"),
-    "gaussian NaN": (Gaussian(), F1, NAN, ValueError, "NaN"),
-    "gaussian infinite": (Gaussian(), F1, NAN.nan_to_num(float("inf")), ValueError, "infinite"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_targets_that_do_not_fit(case):
-    likelihood, f, y, error, words = BAD[case]
-    with pytest.raises(error, match=words):
-        likelihood.check(f, y)
-
-
-INTEGERS = torch.tensor([0, 2, 1, 0])
-GOOD = {
-    "indices": (Categorical(), F3, INTEGERS, INTEGERS),
-    "a column of indices": (Categorical(), F3, INTEGERS[:, None], INTEGERS),
-    "short indices": (Categorical(), F3, INTEGERS.to(torch.uint8), INTEGERS),
-    "boolean answers": (Bernoulli(), F1, torch.tensor([True, False, True, True]), torch.tensor([[1.0], [0], [1], [1]])),
-    "integer answers": (Bernoulli(), F3, torch.eye(4, 3).long(), torch.eye(4, 3)),
-    "integer numbers": (Gaussian(), F1, INTEGERS, torch.tensor([[0.0], [2], [1], [0]])),
-    "single precision": (Gaussian(), F3, torch.eye(4, 3), torch.eye(4, 3)),
-}
-
-
-@pytest.mark.parametrize("case", GOOD)
-def test_targets_are_converted(case):
-    likelihood, f, y, expected = GOOD[case]
-    checked = likelihood.check(f, y)
-    assert checked.dtype == (torch.long if isinstance(likelihood, Categorical) else f.dtype)
-    assert torch.equal(checked.double(), expected.double())
-    assert likelihood.loss(f, checked).shape == f.shape[:1]
-
-
-@pytest.mark.parametrize("noise", [0.0, -1.0, float("nan"), float("inf"), torch.tensor([1.0, 2.0])])
-def test_noise_must_be_a_positive_number(noise):
-    with pytest.raises(ValueError, match="must be one positive number"):
-        Gaussian(noise=noise)
-
-
-def test_log_prob_is_differentiable_in_the_noise():
-    f, y = torch.randn(4, 2), torch.randn(4, 2)
-    noise = torch.tensor(0.7, requires_grad=True)
-    (actual,) = torch.autograd.grad(Gaussian(noise=noise).log_prob(f, y).sum(), noise)
-    other = torch.tensor(0.7, requires_grad=True)
-    (expected,) = torch.autograd.grad(distributions.Normal(f, other).log_prob(y).sum(), other)
-    close(actual, expected)

@@ -12,9 +12,12 @@ from lapkit.curvature import (
     Diagonal,
     Kronecker,
     KroneckerProduct,
+    LowRank,
     NetworkJacobian,
     OuterProduct,
 )
+from lapkit.curvature import low_rank as low_rank_module
+from lapkit.curvature.embedding import EmbeddingJacobian
 
 
 def close(actual, expected, rtol=1e-9):
@@ -49,8 +52,27 @@ def kronecker(groups, build, transposed=False):
     return build(left, right), kron(left, right), OuterProduct(a, g, transposed)
 
 
+def diagonal_times_kronecker(build):
+    """Rows of a table, which keep their own basis."""
+    left, right = torch.rand(1, 4) + 0.1, psd(1, 3)
+    jacobian = EmbeddingJacobian(torch.randint(4, (5, 2)), torch.randn(3, 5, 2, 3), 4)
+    return build(left, right), torch.kron(torch.diag(left[0]), right[0]), jacobian
+
+
+def low_rank(columns, free=True):
+    v, offset = torch.randn(6, columns), torch.rand(6) + 0.1 if free else torch.tensor(0.3)
+    return LowRank(v, offset), v @ v.T + torch.diag(offset.expand(6)), DenseJacobian(torch.randn(3, 4, 6))
+
+
+def low_rank_with_a_zero_column_and_a_repeated_one():
+    """Equal eigenvalues, at which eigenvectors have no derivative."""
+    v = torch.zeros(6, 4)
+    v[0, 0] = v[1, 1] = v[2, 2] = 1.0
+    return LowRank(v, 0.5), v @ v.T + 0.5 * torch.eye(6), DenseJacobian(torch.randn(3, 4, 6))
+
+
 def mixed():
-    kinds = [diagonal(), kronecker(1, KroneckerProduct), dense(), kronecker(2, Kronecker.from_factors)]
+    kinds = [diagonal(), kronecker(1, KroneckerProduct), dense(), kronecker(2, Kronecker.from_factors), low_rank(2)]
     operators, matrices, jacobians = zip(*kinds, strict=True)
     return BlockDiagonal(operators), torch.block_diag(*matrices), NetworkJacobian(jacobians)
 
@@ -64,10 +86,24 @@ OPERATORS = {
     "kronecker in two groups": lambda: kronecker(2, Kronecker.from_factors),
     "kronecker product": lambda: kronecker(1, KroneckerProduct),
     "kronecker product in two groups": lambda: kronecker(2, KroneckerProduct),
+    "kronecker of a table": lambda: diagonal_times_kronecker(Kronecker.from_factors),
+    "kronecker product of a table": lambda: diagonal_times_kronecker(KroneckerProduct),
+    "low rank": lambda: low_rank(2),
+    "low rank and one number": lambda: low_rank(3, free=False),
+    "more columns than weights": lambda: low_rank(9),
+    "equal eigenvalues": low_rank_with_a_zero_column_and_a_repeated_one,
     "one block": lambda: (lambda o, m, j: (BlockDiagonal((o,)), m, NetworkJacobian((j,))))(*dense()),
     "blocks of all kinds": mixed,
 }
-FREE_SHIFTS_ARE_EXACT = ("diagonal", "dense", "one block")
+FREE_SHIFTS_ARE_EXACT = (
+    "diagonal",
+    "dense",
+    "one block",
+    "low rank",
+    "low rank and one number",
+    "more columns than weights",
+    "equal eigenvalues",
+)
 
 
 @pytest.fixture(params=OPERATORS)
@@ -272,6 +308,156 @@ def test_conversion(case):
     assert single.dtype == single.shift(1.0).to_dense().dtype == torch.float32
     torch.testing.assert_close(single.to_dense().double(), matrix, rtol=1e-5, atol=1e-5)
     assert operator.to(torch.float64).dtype == torch.float64
+    assert operator.to(dtype=torch.float32, device="cpu").dtype == torch.float32
+    same = operator.to(device="cpu")
+    assert (same.dtype, same.device) == (operator.dtype, operator.device)
+    close(same.shift(0.5).logdet(), operator.shift(0.5).logdet())
+    assert operator.to(device="meta").device.type == "meta"
+
+
+@pytest.mark.parametrize(("build", "name"), [(dense, "eigenvalues"), (lambda: kronecker(2, KroneckerProduct), "eigen")])
+def test_conversions_share_what_was_expensive(build, name, monkeypatch):
+    """Single precision, double again, and both at a new shift: one eigendecomposition of each matrix."""
+    operator, _, _ = build()
+    calls = []
+    for function in ("eigvalsh", "eigh"):
+        original = getattr(torch.linalg, function)
+        monkeypatch.setattr(torch.linalg, function, lambda m, original=original: calls.append(m) or original(m))
+    for other in (operator, operator.to(torch.float32), operator.to(torch.float32).to(torch.float64)):
+        getattr(other, name)
+        other.shifted_logdet(1.0)
+    assert len(calls) == (1 if name == "eigenvalues" else 2)
+    close(operator.to(torch.float32).to(torch.float64).shifted_logdet(1.0), operator.shifted_logdet(1.0), rtol=1e-5)
+
+
+def test_sums_of_one_structure():
+    for build in (diagonal, dense, lambda: low_rank(2), lambda: low_rank(5, free=False)):
+        (one, first, _), (two, second, _) = build(), build()
+        total = one + two
+        assert type(total) is type(one)
+        close(total.to_dense(), first + second)
+        close(total.logdet(), torch.linalg.slogdet(first + second).logabsdet)
+        both = BlockDiagonal((one, two)) + BlockDiagonal((two, one))
+        close(both.to_dense(), torch.block_diag(first + second, first + second))
+    assert (low_rank(5)[0] + low_rank(5)[0]).rank == 6
+
+
+def test_kronecker_products_add_up_in_one_basis_only():
+    left, right, values = psd(2, 2), psd(2, 3), torch.rand(2, 2, 3)
+    one = Kronecker.from_factors(left, right)
+    two = Kronecker(one.left, one.right, values)
+    close((one + two).to_dense(), one.to_dense() + two.to_dense())
+    product = KroneckerProduct(left, right)
+    table = Kronecker(None, one.right, values)
+    close((table + table).to_dense(), 2 * table.to_dense())
+    for a, b in ((product, product), (one, kronecker(2, Kronecker.from_factors)[0]), (one, table), (table, one)):
+        with pytest.raises(TypeError, match=r"two Kronecker products is none.*a\.result\(\) \+ b\.result\(\)"):
+            a + b
+    with pytest.raises(TypeError, match="two Kronecker products is none"):
+        BlockDiagonal((product,)) + BlockDiagonal((product,))
+
+
+def test_sums_of_other_structures_or_sizes_are_refused():
+    operator = diagonal()[0]
+    for other in (dense()[0], low_rank(2)[0], kronecker(1, Kronecker.from_factors)[0], BlockDiagonal((operator,))):
+        for one, two in ((operator, other), (other, operator)):
+            with pytest.raises(TypeError, match="Diagonal"):
+                one + two
+    with pytest.raises(ValueError, match="over 6 and 2 weights"):
+        operator + Diagonal(torch.ones(2))
+    small = Diagonal(torch.ones(2))
+    with pytest.raises(ValueError, match=r"\[6, 2\] and of \[2, 6\]"):
+        BlockDiagonal((operator, small)) + BlockDiagonal((small, operator))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        operator + 1.0
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_damped_inverse(groups):
+    """Seeds (B.21), (B.22), written out; pi does not depend on which factor is scaled."""
+    left, right, damping = psd(groups, 2), psd(groups, 3), 0.3
+    found = KroneckerProduct(left, right).damped_inverse(damping)
+    expected = []
+    for b, a in zip(left, right, strict=True):
+        pi = ((a.trace() / 3) / (b.trace() / 2)).sqrt()
+        a_inverse = torch.linalg.inv(a + pi * damping**0.5 * torch.eye(3))
+        expected.append(torch.kron(torch.linalg.inv(b + damping**0.5 / pi * torch.eye(2)), a_inverse))
+    close(found.to_dense(), torch.block_diag(*expected))
+    close(KroneckerProduct(4 * left, right / 4).damped_inverse(torch.tensor(damping)).to_dense(), found.to_dense())
+    diagonal = torch.rand(groups, 2)
+    full, short = (KroneckerProduct(left, right) for left in (torch.diag_embed(diagonal), diagonal))
+    close(short.damped_inverse(damping).to_dense(), full.damped_inverse(damping).to_dense())
+
+
+def test_damped_inverse_is_exact_where_it_can_be():
+    numbers, matrix, zero = 2 * torch.ones(3, 1, 1), psd(3, 4), torch.zeros(3, 2, 2)
+    for left, right in ((numbers, matrix), (matrix, numbers), (zero, matrix), (matrix, zero)):
+        exact = torch.linalg.inv(kron(left, right) + 0.3 * torch.eye(3 * left.shape[1] * right.shape[1]))
+        close(KroneckerProduct(left, right).damped_inverse(0.3).to_dense(), exact)
+    table = KroneckerProduct(torch.rand(2, 4), torch.ones(2, 1, 1))
+    close(table.damped_inverse(0.3).to_dense(), torch.linalg.inv(table.to_dense() + 0.3 * torch.eye(8)))
+    for damping in (0.0, -1.0, float("nan"), torch.ones(2)):
+        with pytest.raises(ValueError, match="one positive number"):
+            KroneckerProduct(numbers, matrix).damped_inverse(damping)
+
+
+def test_compression_is_exact_or_the_nearest():
+    v, offset = torch.randn(8, 3) @ torch.randn(3, 12), torch.rand(8)
+    operator = LowRank(v, offset)
+    for rank, kept in ((None, 8), (3, 3), (7, 7)):
+        small = operator.compressed(rank)
+        assert small.rank == kept
+        close(small.to_dense(), operator.to_dense())
+        lengths = small.gram.diagonal()
+        close(small.gram, torch.diag(lengths))
+        assert (lengths.diff() < 1e-9).all()
+    for wide in (v, v.T[:8].contiguous()):  # by the Gram matrix of either side
+        values, vectors = torch.linalg.eigh(wide @ wide.T)
+        nearest = vectors[:, -2:] * values[-2:] @ vectors[:, -2:].T
+        close(LowRank(wide).compressed(2).to_dense(), nearest)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        operator.compressed(0)
+
+
+def test_eigenvalues_of_low_rank():
+    operator = LowRank(torch.randn(6, 2))
+    close(operator.eigenvalues, torch.linalg.eigvalsh(operator.to_dense())[-2:])
+
+
+def test_low_rank_without_a_diagonal_has_no_inverse():
+    bare = LowRank(torch.randn(6, 2))
+    close(bare.to_dense(), bare.columns @ bare.columns.T)
+    vector = torch.randn(6)
+    for refused in (bare.logdet, bare.inverse_diagonal, lambda: bare.solve(vector), lambda: bare.shifted_logdet(0.0)):
+        with pytest.raises(ValueError, match="without a positive diagonal"):
+            refused()
+    for columns, offset in ((torch.randn(6), 0.0), (torch.randn(6, 2), torch.ones(2))):
+        with pytest.raises(ValueError, match=r"columns \(P, R\) and an offset"):
+            LowRank(columns, offset)
+
+
+def test_low_rank_in_pieces(monkeypatch):
+    monkeypatch.setattr(low_rank_module, "PIECE", 5)
+    operator, matrix, _ = low_rank(2)
+    close(operator.inverse_diagonal(), torch.linalg.inv(matrix).diagonal())
+    close(operator.logdet(), torch.linalg.slogdet(matrix).logabsdet)
+    close(operator.gram, operator.columns.T @ operator.columns)
+
+
+def test_low_rank_in_single_precision_beside_a_small_offset():
+    """Variances along V are 1e-8 of those across it; differences in single precision would be noise.
+
+    What remains is the rounding of V itself, 6e-8, magnified by the square root of the condition, 1e4.
+    """
+    v = torch.linalg.qr(torch.randn(40, 3)).Q * 1e3
+    single = LowRank(v.float(), 1e-2)
+    exact = torch.linalg.inv(v.float().double() @ v.float().double().T + 1e-2 * torch.eye(40))
+    rows = (torch.randn(1, 5, 3) @ v.T).float()
+    expected = (rows[0].double() @ exact * rows[0].double()).sum(1)
+    found = single.inverse_quadratic(DenseJacobian(rows))[:, 0, 0].double()
+    assert ((found - expected).abs() < 2e-2 * expected).all()
+    torch.testing.assert_close(single.inverse_diagonal().double(), exact.diagonal(), rtol=1e-5, atol=0)
+    assert float(single.logdet()) == pytest.approx(float(-torch.linalg.slogdet(exact).logabsdet), rel=1e-6)
 
 
 @pytest.mark.parametrize("build", [Kronecker.from_factors, KroneckerProduct])

@@ -37,7 +37,7 @@ def fit():
     quantities = {name: kind(parameters) for name, kind in STRUCTURES.items()}
     data = [(ref.inputs(), ref.labels())]
     totals = accumulate(model, parameters, Categorical(), GGN(), data, list(quantities.values()))
-    operators = {name: quantity.result() for name, quantity in quantities.items()}
+    operators = {name: quantity.result().operator() for name, quantity in quantities.items()}
     return SimpleNamespace(
         model=model, parameters=parameters, totals=totals, kron=quantities["kron"], operators=operators
     )
@@ -64,7 +64,7 @@ def test_rank_and_spectrum(fit):
 
 
 def test_kronecker_factors(fit):
-    factors = [fit.kron.factors(name) for name in WEIGHTS]
+    factors = [fit.kron.result().factors(name) for name in WEIGHTS]
     traces = [[float(factor[0].trace()) for factor in pair] for pair in factors]
     assert [a for _, a in traces] == golden(list(ref.KFLR_MEAN_TRACES_A))
     assert [b / ref.EXAMPLES for b, _ in traces] == golden(list(ref.KFLR_MEAN_TRACES_B))
@@ -104,7 +104,7 @@ def test_gradients_of_examples():
     for x, y in zip(ref.inputs(), ref.labels(), strict=True):
         fisher = GGNDiagonal(parameters)
         accumulate(model, parameters, Categorical(), EmpiricalFisher(), [(x[None], y[None])], [fisher])
-        norms.append(float(fisher.result().trace().sqrt()))
+        norms.append(float(fisher.result().operator().trace().sqrt()))
     assert norms == golden(list(ref.EXAMPLE_GRADIENT_NORMS))
 
 
@@ -117,5 +117,5 @@ def test_batches_and_their_order_do_not_matter(fit, structure):
     data = [(ref.inputs()[part], ref.labels()[part]) for part in order.split([1, 3, 2])]
     accumulate(model, parameters, Categorical(), GGN(), data, [quantity])
     torch.testing.assert_close(
-        quantity.result().to_dense(), fit.operators[structure].to_dense(), rtol=1e-11, atol=1e-13
+        quantity.result().operator().to_dense(), fit.operators[structure].to_dense(), rtol=1e-11, atol=1e-13
     )

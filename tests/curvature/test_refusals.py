@@ -117,11 +117,11 @@ REFUSALS = {
     "overflowing outputs": (lambda: between(Model(lambda m, x: x * 1e308 * 1e10)), {}, ValueError, "outputs are NaN"),
     "integer inputs": (between, {"x": INPUTS.long()}, TypeError, r"torch.int64.*x.to\(torch.float64\)"),
     "inputs of another precision": (between, {"x": INPUTS.float()}, TypeError, r"torch.float32.*x.to\(torch.float64\)"),
-    "outputs with a further axis": (
+    "one output at each of several positions": (
         lambda: nn.Sequential(between(), nn.Unflatten(1, (3, 1))),
         {},
         ValueError,
-        r"shape \(N, C\).*returned \(6, 3, 1\)",
+        r"The model has 1 output; classification needs one for each of at least two classes",
     ),
     "no outputs": (lambda: Model(lambda m, x: m.layer(x)[:, :0], layer=nn.Linear(4, 3)), {}, ValueError, r"\(6, 0\)"),
     "a tuple of outputs": (
@@ -232,7 +232,7 @@ def test_under_no_grad_and_inference_mode(unchanged):
         with unchanged(model), mode():
             x = INPUTS.clone()  # under inference mode: a tensor that autograd refuses
             accumulate(model, parameters, Categorical(), GGN(), [(x, LABELS.clone())], [diagonal])
-        results.append(diagonal.result().values)
+        results.append(diagonal.result().operator().values)
     torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
     torch.testing.assert_close(results[2], results[0], rtol=0, atol=0)
 

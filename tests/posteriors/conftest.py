@@ -26,7 +26,7 @@ def fit(kind, structure, net="mlp"):
     parameters = Parameters.of(case.model)
     quantity = QUANTITIES[structure](parameters)
     totals = accumulate(case.model, parameters, LIKELIHOODS[kind](), GGN(), case.data, [quantity])
-    return Fit(parameters, parameters.vector(), quantity.result(), totals.loss, totals.count, totals.outputs)
+    return Fit(parameters, parameters.vector(), quantity.result().operator(), totals.loss, totals.count, totals.outputs)
 
 
 @pytest.fixture

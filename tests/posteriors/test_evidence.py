@@ -117,7 +117,9 @@ class Linear:
         parameters = Parameters.of(self.model)
         quantity = GGNDense(parameters)
         totals = accumulate(self.model, parameters, Gaussian(), GGN(), [(self.x, self.y)], [quantity])
-        return Fit(parameters, parameters.vector(), quantity.result(), totals.loss, totals.count, totals.outputs)
+        return Fit(
+            parameters, parameters.vector(), quantity.result().operator(), totals.loss, totals.count, totals.outputs
+        )
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -162,7 +164,7 @@ def test_bayesian_ridge_of_scikit_learn():
     parameters = Parameters.of(model)
     quantity = GGNDense(parameters)
     totals = accumulate(model, parameters, Gaussian(), GGN(), [(m.x, m.y)], [quantity])
-    fit = Fit(parameters, parameters.vector(), quantity.result(), totals.loss, totals.count, totals.outputs)
+    fit = Fit(parameters, parameters.vector(), quantity.result().operator(), totals.loss, totals.count, totals.outputs)
     # Their score has all the constants of the evidence, so it is compared as it is.
     evidence = float(log_evidence(fit, Gaussian(noise), GaussianPrior(delta)))
     assert evidence == pytest.approx(ridge.scores_[-1], rel=1e-8)

@@ -1,0 +1,179 @@
+"""Random numbers that belong to an example, not to a batch: counters in, bits out, and nothing in between to remember.
+
+A number is a function of the seed, the example's key, which draw it is and where in the draw it stands. So a Monte
+Carlo estimate depends neither on batch sizes, the order of the data and the number of processes, nor on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature.inputs import tensors
+
+LOW = 0xFFFFFFFF
+ROUNDS = 10
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+FEATURES = 1 << 16  # hashed at a time, so that intermediates stay small
+
+
+def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox-4x32-10: four 32-bit words of a counter and two of a key become four random ones.
+
+    Args:
+        counter: four tensors of int64 that hold 32-bit words and broadcast with each other.
+        key: two 32-bit words.
+
+    Returns:
+        Four tensors of int64 with 32-bit words.
+
+    Reference:
+        Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, 2011, section 3.3.
+    """
+    (a, b, c, d), (k, m) = counter, key
+    for _ in range(ROUNDS):
+        # A product of two 32-bit words wraps into the sign of an int64; its halves are right all the same.
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57
+        a, b, c, d = (second >> 32 & LOW) ^ b ^ k, second & LOW, (first >> 32 & LOW) ^ d ^ m, first & LOW
+        k, m = (k + 0x9E3779B9) & LOW, (m + 0xBB67AE85) & LOW
+    return a, b, c, d
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Random numbers for each example of a batch.
+
+    Args:
+        seed: of the whole data set.
+        keys: what tells the examples apart, `(N,)` of int64; see `example_keys`. Equal keys get equal numbers.
+
+    Example:
+        >>> import torch
+        >>> both = Draws(seed=0, keys=torch.tensor([3, 5]))
+        >>> torch.equal(both.uniform(0, 4)[1], Draws(0, torch.tensor([5])).uniform(0, 4)[0])
+        True
+    """
+
+    seed: int
+    keys: Tensor
+
+    @classmethod
+    def fresh(
+        cls, examples: int, generator: torch.Generator | None = None, device: torch.device | str | None = None
+    ) -> Draws:
+        """Numbers for a batch that stands alone: a seed from the generator, examples told apart by their place."""
+        return cls(seed_from(generator), torch.arange(examples, device=device))
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def reseeded(self, seed: int) -> Draws:
+        """The same examples under another seed."""
+        return Draws(seed, self.keys)
+
+    def words(self, draw: int, *shape: int) -> tuple[Tensor, ...]:
+        """Four independent tensors of random 32-bit words, `(N, *shape)` of int64.
+
+        Raises:
+            ValueError: if the number of the draw, or that of its elements, does not fit into 32 bits.
+        """
+        count = math.prod(shape)
+        if not 0 <= draw <= LOW or count > LOW:
+            raise ValueError(f"Draw {draw} with {count} numbers an example: both must be between 0 and 2^32 - 1.")
+        keys = self.keys[:, None]
+        where = torch.arange(count, device=keys.device)[None]
+        counter = (where, torch.full_like(where, draw), keys & LOW, keys >> 32 & LOW)
+        bits = philox(counter, (self.seed & LOW, self.seed >> 32 & LOW))
+        return tuple(w.expand(len(keys), count).reshape(-1, *shape) for w in bits)
+
+    def uniform(self, draw: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Numbers strictly between 0 and 1, `(N, *shape)`: the middles of `2^52` (float64) or `2^23` equal cells.
+
+        Args:
+            draw: which one; different draws are independent.
+            shape: of one example's numbers. A longer first axis leaves the numbers before as they are.
+            dtype: float32 or float64.
+
+        Returns:
+            The same numbers on every device.
+
+        Raises:
+            TypeError: if the type is another.
+        """
+        if dtype not in {torch.float32, torch.float64}:
+            raise TypeError(f"Random numbers are drawn as float32 or float64, not as {dtype}: convert them afterwards.")
+        high, low, _, _ = self.words(draw, *shape)
+        if dtype == torch.float64:
+            return ((high << 20 | low >> 12).to(dtype) + 0.5) * 2.0**-52
+        return ((high >> 9).to(dtype) + 0.5) * 2.0**-23
+
+    def normal(self, draw: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Standard normal numbers, `(N, *shape)`: the quantiles of `uniform`."""
+        return torch.special.ndtri(self.uniform(draw, *shape, dtype=dtype))
+
+    def signs(self, draw: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Plus and minus one with equal probability, `(N, *shape)`."""
+        return (2 * (self.words(draw, *shape)[0] >> 31) - 1).to(dtype)
+
+
+def seed_from(generator: torch.Generator | None = None) -> int:
+    """A seed of 63 bits, from torch's global generator by default."""
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+
+
+def example_keys(batch: Any, examples: int, start: int = 0) -> Tensor:
+    """What tells the examples of a batch apart: a hash of all numbers that belong to each.
+
+    Equal examples, those with equal targets too if they are part of the batch, get equal keys and so share random
+    numbers: an estimate stays unbiased, but repeating an example does not make it more precise. Trailing zeros, as
+    padding leaves them, change nothing.
+
+    Args:
+        batch: tensors in tuples, lists and mappings; those whose first axis counts the examples are used.
+        examples: their number N.
+        start: how many examples came before, to count on where no tensor tells the examples apart.
+
+    Returns:
+        Keys `(N,)` of int64.
+    """
+    found = [t for t in tensors(batch) if t.ndim > 0 and len(t) == examples]
+    if not found:
+        return torch.arange(start, start + examples)
+    keys = torch.zeros(examples, dtype=torch.int64, device=found[0].device)
+    for salt, tensor in enumerate(found, start=1):
+        keys = _mixed(keys + salt) + _hash(tensor).to(keys.device)
+    return _mixed(keys)
+
+
+def _hash(tensor: Tensor) -> Tensor:
+    """`sum_i odd_i mix(bits_i)` over the numbers of each example, `(N,)`."""
+    bits = _bits(tensor).flatten(1) if tensor.ndim > 1 else _bits(tensor)[:, None]
+    total = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
+    for number, part in enumerate(bits.split(FEATURES, dim=1)):
+        places = 1 + number * FEATURES + torch.arange(part.shape[1], device=bits.device)
+        total += (_mixed(part.to(torch.int64)) * (_mixed(places) | 1)).sum(1)
+    return total
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Floating numbers as the integers that have their bits; integers as they are."""
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    tensor = tensor.detach().contiguous()
+    return tensor.view(INTEGERS[tensor.element_size()]) if tensor.is_floating_point() else tensor
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """The finaliser of splitmix64: a bijection of 64-bit integers in which every bit moves every other; 0 stays 0.
+
+    Reference:
+        Steele, Lea and Flood, Fast splittable pseudorandom number generators, 2014, figure 16 (variant 13).
+    """
+    # int64 shifts to the right repeat the sign; the mask makes them logical. Multipliers are written as signed.
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * (0x94D049BB133111EB - (1 << 64))
+    return z ^ (z >> 31 & (1 << 33) - 1)
