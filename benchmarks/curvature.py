@@ -37,7 +37,7 @@ from lapkit.curvature import (
     accumulate,
     borrowed,
 )
-from lapkit.curvature.columns import LossGradient
+from lapkit.curvature.columns.columns import LossGradient
 from lapkit.curvature.inspection import inspection
 
 warnings.filterwarnings("ignore")

@@ -4,11 +4,9 @@ Which curvature is a choice of columns `S`, which structure a choice of quantity
 """
 
 from lapkit.curvature.accumulate import Totals, accumulate
-from lapkit.curvature.binary import Bernoulli
-from lapkit.curvature.block_diagonal import BlockDiagonal
-from lapkit.curvature.classification import Categorical
-from lapkit.curvature.clipping import ClippedGradients
-from lapkit.curvature.columns import (
+from lapkit.curvature.capture.engine import Engine
+from lapkit.curvature.capture.tape import last_layer
+from lapkit.curvature.columns.columns import (
     GGN,
     Columns,
     ColumnSet,
@@ -16,15 +14,37 @@ from lapkit.curvature.columns import (
     EmpiricalFisher,
     LossGradient,
 )
+from lapkit.curvature.columns.random_columns import MonteCarloGGN, RandomSignGGN
+from lapkit.curvature.columns.sampling import Draws, example_keys, seed_from
 from lapkit.curvature.compute import Results, compute
-from lapkit.curvature.counts import GammaPoisson, Poisson
-from lapkit.curvature.custom import FromLogProb
-from lapkit.curvature.dense import Dense
-from lapkit.curvature.diagonal import Diagonal
-from lapkit.curvature.ekfac import EigenvalueSum, EKFACCorrection, ekfac
-from lapkit.curvature.embedding import EmbeddingJacobian
-from lapkit.curvature.engine import Engine
-from lapkit.curvature.estimators import (
+from lapkit.curvature.hessian.hbp import hessian_blocks
+from lapkit.curvature.hessian.hbp_blocks import CurvatureBlocks
+from lapkit.curvature.hessian.hbp_chain import Residual
+from lapkit.curvature.hessian.hbp_products import BlockProduct, BlockProducts, hessian_products
+from lapkit.curvature.hessian.hbp_step import Solution, conjugate_gradients, newton_step
+from lapkit.curvature.hessian.hessian_diagonal import HessianDiagonal, hessian_diagonal
+from lapkit.curvature.hessian.kfra import kfra
+from lapkit.curvature.inspection import Inspection, ParameterUse, inspect, inspection
+from lapkit.curvature.jacobians.embedding import EmbeddingJacobian
+from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian, NetworkJacobian
+from lapkit.curvature.jacobians.outer_product import OuterProduct
+from lapkit.curvature.jacobians.sum_jacobian import SumJacobian
+from lapkit.curvature.jacobians.tied import TiedJacobian
+from lapkit.curvature.likelihoods.binary import Bernoulli
+from lapkit.curvature.likelihoods.classification import Categorical
+from lapkit.curvature.likelihoods.counts import GammaPoisson, Poisson
+from lapkit.curvature.likelihoods.custom import FromLogProb
+from lapkit.curvature.likelihoods.likelihood import DiagonalLikelihood, Likelihood
+from lapkit.curvature.likelihoods.regression import Gaussian, HeteroscedasticGaussian, PerOutputGaussian
+from lapkit.curvature.operators.block_diagonal import BlockDiagonal
+from lapkit.curvature.operators.dense import Dense
+from lapkit.curvature.operators.diagonal import Diagonal
+from lapkit.curvature.operators.kronecker import Kronecker
+from lapkit.curvature.operators.kronecker_product import KroneckerProduct
+from lapkit.curvature.operators.low_rank import LowRank
+from lapkit.curvature.operators.operator import SymmetricOperator
+from lapkit.curvature.parameters import Parameters, borrowed
+from lapkit.curvature.products.estimators import (
     Estimate,
     diagpp_diagonal,
     hutchinson_diagonal,
@@ -32,41 +52,21 @@ from lapkit.curvature.estimators import (
     hutchpp_trace,
     squared_norm,
 )
-from lapkit.curvature.first_order import GradientCovariance, GradientMoments, GradientSum
-from lapkit.curvature.gradient_products import GradientDots, GradientGram
-from lapkit.curvature.hbp import hessian_blocks
-from lapkit.curvature.hbp_blocks import CurvatureBlocks
-from lapkit.curvature.hbp_chain import Residual
-from lapkit.curvature.hbp_products import BlockProduct, BlockProducts, hessian_products
-from lapkit.curvature.hbp_step import Solution, conjugate_gradients, newton_step
-from lapkit.curvature.hessian_diagonal import HessianDiagonal, hessian_diagonal
-from lapkit.curvature.inspection import Inspection, ParameterUse, inspect, inspection
-from lapkit.curvature.jacobians import DenseJacobian, Jacobian, LayerJacobian, NetworkJacobian
-from lapkit.curvature.kfac import GGNKronecker, KroneckerSum
-from lapkit.curvature.kfra import kfra
-from lapkit.curvature.kronecker import Kronecker
-from lapkit.curvature.kronecker_product import KroneckerProduct
-from lapkit.curvature.likelihoods import DiagonalLikelihood, Likelihood
-from lapkit.curvature.low_rank import LowRank
-from lapkit.curvature.matrix_free import MatrixFree
-from lapkit.curvature.operator import SymmetricOperator
-from lapkit.curvature.outer_product import OuterProduct
-from lapkit.curvature.parameters import Parameters, borrowed
-from lapkit.curvature.per_example import GGNDiagonals, GGNTraces, GradientNorms, Gradients
-from lapkit.curvature.products import EmpiricalFisherProduct, FisherProduct, GGNProduct, HessianProduct
-from lapkit.curvature.quadrature import SpectralDensity, spectral_density
-from lapkit.curvature.quantities import GGNBlocks, GGNDense, GGNDiagonal, Quantity
-from lapkit.curvature.random_columns import MonteCarloGGN, RandomSignGGN
-from lapkit.curvature.regression import Gaussian, HeteroscedasticGaussian, PerOutputGaussian
-from lapkit.curvature.results import CurvatureSum, PerExample, Result, Sum
-from lapkit.curvature.sampling import Draws, example_keys, seed_from
-from lapkit.curvature.spectrum import Eigenpairs, largest_eigenpairs, smallest_eigenpairs
-from lapkit.curvature.sqrt_ggn import LowRankSum, SqrtGGN
-from lapkit.curvature.sum_jacobian import SumJacobian
-from lapkit.curvature.tape import last_layer
-from lapkit.curvature.tied import TiedJacobian
+from lapkit.curvature.products.matrix_free import MatrixFree
+from lapkit.curvature.products.products import EmpiricalFisherProduct, FisherProduct, GGNProduct, HessianProduct
+from lapkit.curvature.products.quadrature import SpectralDensity, spectral_density
+from lapkit.curvature.products.spectrum import Eigenpairs, largest_eigenpairs, smallest_eigenpairs
+from lapkit.curvature.products.views import linear_operator_view, scipy_view
+from lapkit.curvature.quantities.clipping import ClippedGradients
+from lapkit.curvature.quantities.ekfac import EigenvalueSum, EKFACCorrection, ekfac
+from lapkit.curvature.quantities.first_order import GradientCovariance, GradientMoments, GradientSum
+from lapkit.curvature.quantities.gradient_products import GradientDots, GradientGram
+from lapkit.curvature.quantities.kfac import GGNKronecker, KroneckerSum
+from lapkit.curvature.quantities.per_example import GGNDiagonals, GGNTraces, GradientNorms, Gradients
+from lapkit.curvature.quantities.quantity import GGNBlocks, GGNDense, GGNDiagonal, Quantity
+from lapkit.curvature.quantities.results import CurvatureSum, PerExample, Result, Sum
+from lapkit.curvature.quantities.sqrt_ggn import LowRankSum, SqrtGGN
 from lapkit.curvature.verification import Verification, verify
-from lapkit.curvature.views import linear_operator_view, scipy_view
 
 __all__ = [
     "GGN",

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lapkit.curvature.backprop import Backprop
-from lapkit.curvature.columns import Columns, ColumnSet
-from lapkit.curvature.engine import Engine
-from lapkit.curvature.forward import ForwardFunction, check_positions
+from lapkit.curvature.capture.backprop import Backprop
+from lapkit.curvature.capture.engine import Engine
+from lapkit.curvature.capture.forward import ForwardFunction, check_positions
+from lapkit.curvature.capture.tape import never_used
+from lapkit.curvature.columns.columns import Columns, ColumnSet
+from lapkit.curvature.columns.sampling import Draws, example_keys, seed_from
 from lapkit.curvature.inputs import to_device, unpack
-from lapkit.curvature.jacobians import LayerJacobian, summable
-from lapkit.curvature.likelihoods import Likelihood
+from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
+from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.parameters import Parameters, borrowed
-from lapkit.curvature.quantities import Quantity
-from lapkit.curvature.sampling import Draws, example_keys, seed_from
-from lapkit.curvature.tape import never_used
+from lapkit.curvature.quantities.quantity import Quantity
 
 EMPTY = "The data is empty: there was no batch. Check the data loader (drop_last with few examples?)."
 

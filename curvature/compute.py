@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lapkit.curvature.accumulate import Totals, accumulate
-from lapkit.curvature.columns import GGN, Columns
-from lapkit.curvature.forward import ForwardFunction
-from lapkit.curvature.likelihoods import Likelihood
+from lapkit.curvature.capture.forward import ForwardFunction
+from lapkit.curvature.columns.columns import GGN, Columns
+from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities import Quantity
-from lapkit.curvature.results import Result, read, write
+from lapkit.curvature.quantities.quantity import Quantity
+from lapkit.curvature.quantities.results import Result, read, write
 
 Make = Callable[[Parameters], Quantity]
 

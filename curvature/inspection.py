@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lapkit.curvature.backprop import Backprop, Plan
-from lapkit.curvature.engine import Engine
-from lapkit.curvature.forward import ForwardFunction
+from lapkit.curvature.capture.backprop import Backprop, Plan
+from lapkit.curvature.capture.engine import Engine
+from lapkit.curvature.capture.forward import ForwardFunction
 from lapkit.curvature.inputs import to_device
-from lapkit.curvature.jacobians import DenseJacobian, LayerJacobian, summable
-from lapkit.curvature.kfac import GGNKronecker
+from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, summable
 from lapkit.curvature.parameters import Parameters, borrowed
+from lapkit.curvature.quantities.kfac import GGNKronecker
 
 STRUCTURES = ("diag", "kron", "blocks")  # and "full", which is not a sum over parameters
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lapkit.curvature.engine import Engine
-from lapkit.curvature.forward import ForwardFunction
+from lapkit.curvature.capture.engine import Engine
+from lapkit.curvature.capture.forward import ForwardFunction
+from lapkit.curvature.capture.self_check import TOLERANCE
 from lapkit.curvature.inputs import can_be_cut, cut, to_device
-from lapkit.curvature.jacobians import summable
+from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.curvature.parameters import Parameters, borrowed
-from lapkit.curvature.self_check import TOLERANCE
 
 
 @dataclass(frozen=True)

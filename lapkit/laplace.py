@@ -33,9 +33,9 @@ from lapkit.curvature import (
     last_layer,
 )
 from lapkit.curvature.accumulate import EMPTY
-from lapkit.curvature.forward import forward
+from lapkit.curvature.capture.forward import forward
 from lapkit.curvature.inputs import to_device, unpack
-from lapkit.curvature.jacobians import summable
+from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.posteriors import (
     Fit,
     FunctionDistribution,

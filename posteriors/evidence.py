@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lapkit.curvature.likelihoods import Likelihood
+from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.posteriors.fit import Fit
 from lapkit.posteriors.priors import GaussianPrior
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lapkit.curvature.likelihoods import Likelihood
-from lapkit.curvature.operator import SymmetricOperator
+from lapkit.curvature.likelihoods.likelihood import Likelihood
+from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.curvature.parameters import Parameters
 
 

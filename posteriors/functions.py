@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lapkit.curvature.engine import Engine
+from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.inputs import can_be_cut, cut
-from lapkit.curvature.jacobians import summable
-from lapkit.curvature.operator import SymmetricOperator
+from lapkit.curvature.jacobians.jacobian import summable
+from lapkit.curvature.operators.operator import SymmetricOperator
 
 
 @dataclass(frozen=True, eq=False)

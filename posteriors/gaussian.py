@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lapkit.curvature.likelihoods import Likelihood
-from lapkit.curvature.operator import SymmetricOperator
+from lapkit.curvature.likelihoods.likelihood import Likelihood
+from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.posteriors.fit import Fit
 from lapkit.posteriors.priors import GaussianPrior
 

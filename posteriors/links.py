@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lapkit.curvature.likelihoods import Likelihood
+from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.posteriors.functions import FunctionDistribution
 
 

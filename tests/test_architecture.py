@@ -31,7 +31,7 @@ RULES = {
     ),
     "keep torch's private names in one module": (
         r"\btorch(\.\w+)*\._[a-zA-Z]|\bfrom\s+torch[\w.]*\s+import\b.*\b_[a-zA-Z]|\b_(saved_|input_metadata|functorch)",
-        "curvature/internals.py",
+        "curvature/capture/internals.py",
     ),
 }
 

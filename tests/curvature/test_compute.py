@@ -37,9 +37,9 @@ from lapkit.curvature import (
     accumulate,
     compute,
 )
-from lapkit.curvature.backprop import Backprop
-from lapkit.curvature.engine import Engine
-from lapkit.curvature.quantities import DiagonalSum
+from lapkit.curvature.capture.backprop import Backprop
+from lapkit.curvature.capture.engine import Engine
+from lapkit.curvature.quantities.quantity import DiagonalSum
 
 EVERYTHING = {
     "diagonal": GGNDiagonal,

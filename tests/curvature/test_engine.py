@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lapkit.curvature import Engine, OuterProduct, Parameters, borrowed, internals
-from lapkit.curvature import backprop as backprop_module
+from lapkit.curvature import Engine, OuterProduct, Parameters, borrowed
+from lapkit.curvature.capture import backprop as backprop_module
+from lapkit.curvature.capture import internals
 
 
 def close(actual, expected):

@@ -15,7 +15,7 @@ from lapkit.curvature import (
     hutchpp_trace,
     squared_norm,
 )
-from lapkit.curvature.estimators import gaussian, rademacher
+from lapkit.curvature.products.estimators import gaussian, rademacher
 
 SIZE = 20
 SCALARS = {

@@ -30,7 +30,7 @@ from lapkit.curvature import (
     Parameters,
     compute,
 )
-from lapkit.curvature.gradient_products import inner_products
+from lapkit.curvature.quantities.gradient_products import inner_products
 
 FIRST_ORDER = {
     "gradients": Gradients,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lapkit.curvature import Parameters
-from lapkit.curvature.forward import call, forward
+from lapkit.curvature.capture.forward import call, forward
 from lapkit.curvature.parameters import unwrapped
 
 

@@ -14,13 +14,13 @@ from lapkit.curvature import (
     HeteroscedasticGaussian,
     Parameters,
     Residual,
-    hbp_derivatives,
     hessian_blocks,
     hessian_diagonal,
     hessian_products,
 )
-from lapkit.curvature.hbp_trace import Tracer
-from lapkit.curvature.vectors import NotTwiceDifferentiable
+from lapkit.curvature.hessian import hbp_derivatives
+from lapkit.curvature.hessian.hbp_trace import Tracer
+from lapkit.curvature.products.vectors import NotTwiceDifferentiable
 
 MODES = ("hessian", "ggn", "pch-abs", "pch-clip")
 CLOSE = {"rtol": 1e-8, "atol": 1e-10}

@@ -11,12 +11,12 @@ from lapkit.curvature import (
     Gaussian,
     Parameters,
     Residual,
-    hbp_derivatives,
     hessian_blocks,
     hessian_products,
     kfra,
 )
-from lapkit.curvature.hbp_derivatives import Derivatives
+from lapkit.curvature.hessian import hbp_derivatives
+from lapkit.curvature.hessian.hbp_derivatives import Derivatives
 
 
 @pytest.fixture

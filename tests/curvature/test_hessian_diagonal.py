@@ -17,8 +17,8 @@ from lapkit.curvature import (
     hessian_blocks,
     hessian_diagonal,
 )
-from lapkit.curvature.hessian_routes import LookupRoute, ProductRoute
-from lapkit.curvature.vectors import NotTwiceDifferentiable
+from lapkit.curvature.hessian.hessian_routes import LookupRoute, ProductRoute
+from lapkit.curvature.products.vectors import NotTwiceDifferentiable
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lapkit.curvature import internals
+from lapkit.curvature.capture import internals
 
 
 def node_of(output):

@@ -19,7 +19,7 @@ from lapkit.curvature import (
     accumulate,
     borrowed,
 )
-from lapkit.curvature.irregular import BASE, IrregularLayout, digit_factors, digits, irregular_layout
+from lapkit.curvature.capture.irregular import BASE, IrregularLayout, digit_factors, digits, irregular_layout
 
 EXAMPLES = (3, 8, 9, 70)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lapkit.curvature import DenseJacobian, NetworkJacobian, OuterProduct
-from lapkit.curvature import jacobians as jacobians_module
-from lapkit.curvature.backprop import combined
-from lapkit.curvature.outer_product import concatenated
-from lapkit.curvature.sum_jacobian import SumJacobian
+from lapkit.curvature.capture.backprop import combined
+from lapkit.curvature.jacobians import jacobian as jacobians_module
+from lapkit.curvature.jacobians.outer_product import concatenated
+from lapkit.curvature.jacobians.sum_jacobian import SumJacobian
 
 INPUTS, OUTPUTS = 3, 2
 

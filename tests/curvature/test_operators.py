@@ -16,8 +16,8 @@ from lapkit.curvature import (
     NetworkJacobian,
     OuterProduct,
 )
-from lapkit.curvature import low_rank as low_rank_module
-from lapkit.curvature.embedding import EmbeddingJacobian
+from lapkit.curvature.jacobians.embedding import EmbeddingJacobian
+from lapkit.curvature.operators import low_rank as low_rank_module
 
 
 def close(actual, expected, rtol=1e-9):

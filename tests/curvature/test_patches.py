@@ -20,8 +20,8 @@ from lapkit.curvature import (
     accumulate,
     borrowed,
 )
-from lapkit.curvature.outer_product import _symmetric_product, concatenated
-from lapkit.curvature.patches import Patches
+from lapkit.curvature.jacobians.outer_product import _symmetric_product, concatenated
+from lapkit.curvature.jacobians.patches import Patches
 
 
 def close(actual, expected):

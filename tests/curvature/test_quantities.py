@@ -21,7 +21,7 @@ from lapkit.curvature import (
     Parameters,
     accumulate,
 )
-from lapkit.curvature import jacobians as jacobians_module
+from lapkit.curvature.jacobians import jacobian as jacobians_module
 
 STRUCTURES = {"diagonal": GGNDiagonal, "blocks": GGNBlocks, "dense": GGNDense, "kronecker": GGNKronecker}
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lapkit.curvature import DenseJacobian, EmbeddingJacobian, Engine, OuterProduct, Parameters, TiedJacobian, borrowed
-from lapkit.curvature.layout import Layout
-from lapkit.curvature.rules import RULES
-from lapkit.curvature.site import Site
-from lapkit.curvature.tape import Use
+from lapkit.curvature.capture.layout import Layout
+from lapkit.curvature.capture.tape import Use
+from lapkit.curvature.rules.site import Site
+from lapkit.curvature.rules.table import RULES
 
 CASES = {}
 N = 3

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from lapkit.curvature import Draws, example_keys, seed_from
-from lapkit.curvature.sampling import philox
+from lapkit.curvature.columns.sampling import philox
 
 IMPROBABLE = 1e-4  # p-value below which a test fails; seeds are fixed, so it does so always or never
 FULL = 0xFFFFFFFF
@@ -219,7 +219,7 @@ def test_half_of_the_bits_change_with_one_bit():
 def test_long_examples_are_hashed_in_pieces(monkeypatch):
     x = torch.randn(4, 1000)
     whole = example_keys(x, 4)
-    monkeypatch.setattr("lapkit.curvature.sampling.FEATURES", 64)
+    monkeypatch.setattr("lapkit.curvature.columns.sampling.FEATURES", 64)
     assert torch.equal(example_keys(x, 4), whole)
 
 

@@ -16,8 +16,8 @@ from lapkit.curvature import (
     smallest_eigenpairs,
     spectral_density,
 )
-from lapkit.curvature.estimators import rademacher
-from lapkit.curvature.quadrature import lanczos
+from lapkit.curvature.products.estimators import rademacher
+from lapkit.curvature.products.quadrature import lanczos
 
 DATA = [(ref.inputs()[:2], ref.labels()[:2]), (ref.inputs()[2:], ref.labels()[2:])]
 ENDS = {"largest": largest_eigenpairs, "smallest": smallest_eigenpairs}

@@ -21,9 +21,9 @@ from lapkit.curvature import (
     Parameters,
     SqrtGGN,
     accumulate,
-    cross,
     ekfac,
 )
+from lapkit.curvature.quantities import cross
 
 
 def close(actual, expected):

@@ -24,7 +24,7 @@ from lapkit.curvature import (
     borrowed,
     verify,
 )
-from lapkit.curvature import backprop as backprop_module
+from lapkit.curvature.capture import backprop as backprop_module
 from lapkit.curvature.verification import Verification
 
 SOME = [

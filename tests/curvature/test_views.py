@@ -18,7 +18,7 @@ from lapkit.curvature import (
     linear_operator_view,
     scipy_view,
 )
-from lapkit.curvature.low_rank import LowRank
+from lapkit.curvature.operators.low_rank import LowRank
 
 DATA = [(ref.inputs()[:4], ref.labels()[:4]), (ref.inputs()[4:], ref.labels()[4:])]
 

@@ -1,0 +1,271 @@
+"""From a model and a batch to a `Backprop`: one forward pass, its tape read, and the first of its kind verified."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from lapkit.curvature.capture.backprop import Backprop, Plan
+from lapkit.curvature.capture.forward import ForwardFunction, canonical, run
+from lapkit.curvature.capture.irregular import IrregularLayout
+from lapkit.curvature.capture.layout import AnyLayout, Layout, Probe, probe, resolve
+from lapkit.curvature.capture.self_check import check_examples_apart, contraction_errors
+from lapkit.curvature.capture.tape import Graph, Use
+from lapkit.curvature.inputs import can_be_cut, cut, map_tensors, shapes_of_one, tensors, to_device
+from lapkit.curvature.jacobians.jacobian import NetworkJacobian, summable
+from lapkit.curvature.memory import default_budget
+from lapkit.curvature.parameters import Parameters, unwrapped
+
+Layouts = dict[Node, dict[int, AnyLayout]]
+FEW = 8  # examples that suffice to read and verify a pass: the probe tells so many apart at once
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is remembered of a graph: uses and layouts by position of the node, and whether columns may go together."""
+
+    uses: tuple[tuple[str, int, int], ...]
+    layouts: dict[int, dict[int, AnyLayout]]
+    together: bool
+    shapes: tuple[torch.Size, ...]
+    examples: int
+
+    @classmethod
+    def of(cls, graph: Graph, uses: Sequence[Use], layouts: Layouts, examples: int, *, together: bool) -> _Known:
+        """What to remember of `graph`."""
+        index = {node: i for i, node in enumerate(graph.nodes)}
+        places = tuple((use.parameter, index[use.node], use.slot) for use in uses)
+        places_of_layouts = {index[node]: layout for node, layout in layouts.items()}
+        return cls(places, places_of_layouts, together, graph.shapes(), examples)
+
+    def fits(self, graph: Graph, examples: int) -> bool:
+        """Whether another graph with the same signature has the same shapes, up to the number of examples.
+
+        Where parts of a batch are cut out by lengths that the data gives, shapes tell.
+        """
+        return all(
+            len(one) == len(two)
+            and all(p == q or p * examples == q * self.examples for p, q in zip(one, two, strict=True))
+            for one, two in zip(self.shapes, graph.shapes(), strict=True)
+        )
+
+    def found_in(self, graph: Graph) -> tuple[list[Use], Layouts]:
+        """The same uses and layouts in another graph with the same signature."""
+        uses = [Use(parameter, graph.nodes[i], slot) for parameter, i, slot in self.uses]
+        return uses, {graph.nodes[i]: layout for i, layout in self.layouts.items()}
+
+
+def _check_supported(model: nn.Module, parameters: Parameters) -> None:
+    """Refuse what would change the weights or die half way.
+
+    Raises:
+        ValueError: if an embedding rescales its own weights, or parameters have different types.
+    """
+    rescaled = [name for name, module in model.named_modules() if getattr(module, "max_norm", None) is not None]
+    if rescaled:
+        raise ValueError(
+            f"Modules {rescaled} rescale their own weights in the forward pass (max_norm). Apply the bound once with "
+            "torch.nn.utils or by hand, and set max_norm=None."
+        )
+    types = {summable(p[:0] if p.ndim else p).dtype for p in parameters.tensors}
+    if len(types) > 1:
+        raise ValueError(
+            f"The selected parameters are of types {sorted(map(str, types))}. Convert the model to one of them: "
+            "model.to(torch.float32)."
+        )
+
+
+def _of_one(layout: AnyLayout) -> Layout:
+    return Layout(layout.axis) if isinstance(layout, IrregularLayout) else layout
+
+
+class Engine:
+    """Runs a model and returns its Jacobians in factored form. Use it inside `borrowed(model, parameters)`.
+
+    The first graph of each kind is verified: examples must not influence each other, and the captured Jacobians,
+    contracted with a random cotangent, must reproduce autograd's parameter gradient. Later batches with the same
+    graph and the same shapes only read the tape; a graph that moves examples about by the data is verified each time.
+
+    Args:
+        model: maps a batch to outputs; see `lapkit.curvature.capture.forward.forward` for their shapes.
+        parameters: the weights to differentiate with respect to.
+        memory_budget: bytes that intermediates may take; a quarter of what is free by default.
+        forward_fn: `forward_fn(model, x)` to be called instead of the model.
+        output_axis: the axis of classes or channels in the outputs.
+
+    Raises:
+        ValueError: if an embedding rescales its own weights, or parameters have different types.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Parameters,
+        *,
+        memory_budget: int | None = None,
+        forward_fn: ForwardFunction | None = None,
+        output_axis: int | None = None,
+    ) -> None:
+        self.model, self.parameters = unwrapped(model), parameters
+        _check_supported(self.model, parameters)
+        self.forward_fn, self.output_axis = forward_fn, output_axis
+        self.budget = default_budget(parameters.device) if memory_budget is None else memory_budget
+        self.shape = torch.Size()  # of the last outputs, as the model returned them
+        self.unreached = set(parameters.names)  # parameters that no output has depended on so far
+        self._known: dict[tuple[object, ...], list[_Known]] = defaultdict(list)
+
+    def __call__(self, x: Any) -> Backprop:
+        """Forward `x` and make its tape ready.
+
+        Args:
+            x: a batch of inputs, whatever the model takes.
+
+        Returns:
+            The pass, with the outputs `(N, C)`, or `(N, T, C)` for T positions.
+
+        Raises:
+            TypeError: if the model returns something else than a tensor, or refuses the inputs' type.
+            ValueError: if outputs have a wrong shape or are not finite, or examples influence each other.
+            RuntimeError: if the captured Jacobians do not reproduce autograd's gradient.
+        """
+        output = self.outputs(x)
+        graph = Graph(output, self.parameters)
+        self.unreached.difference_update(graph.leaves)
+        key = self._kind(x, output, graph)
+        known = self._recall(key, graph, len(output))
+        if known is None and len(output) > FEW and not graph.routes_by_data() and can_be_cut(x, len(output)):
+            self._study_few(cut(x, slice(FEW)), key)
+            known = self._recall(key, graph, len(output))
+        if known is None:
+            return self._study(x, output, graph, key)
+        backprop = Backprop(output, graph, *known.found_in(graph), self.parameters, self.budget)
+        backprop.may_batch = known.together
+        return backprop
+
+    def _recall(self, key: tuple[object, ...], graph: Graph, examples: int) -> _Known | None:
+        """What is known of passes like this one."""
+        return next((known for known in self._known[key] if known.fits(graph, examples)), None)
+
+    def _kind(self, x: Any, output: Tensor, graph: Graph) -> tuple[object, ...]:
+        """What passes must have in common for one to stand for the other."""
+        return graph.signature(), tuple(output.shape[1:]), len(output) == 1, shapes_of_one(x, len(output))
+
+    def _study_few(self, few: Any, key: tuple[object, ...]) -> None:
+        """Read and verify the first few examples alone, if their pass is of the same kind: a fraction of the cost."""
+        try:
+            output = self.outputs(few)
+            graph = Graph(output, self.parameters)
+        except Exception:  # a model for batches of a certain size: then the whole batch is studied
+            return
+        if len(output) == FEW and self._kind(few, output, graph) == key:
+            self._study(few, output, graph, key)
+
+    def _study(self, x: Any, output: Tensor, graph: Graph, key: tuple[object, ...]) -> Backprop:
+        """Read a pass of a new kind, verify it, and remember what was found where it will hold for others."""
+        uses, found = self._resolve_one(x, output, graph) or self._resolve(x, output, graph)
+        layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
+        backprop = Backprop(output, graph, uses, layouts, self.parameters, self.budget)
+        backprop.may_batch = self._verify(backprop, found)
+        steady = found.certain and not graph.routes_by_data() and can_be_cut(x, len(output))
+        if len(output) == 1 or steady:
+            known = _Known.of(graph, uses, layouts, len(output), together=backprop.may_batch)
+            self._known[key].append(known)
+        return backprop
+
+    def jacobian(self, x: Any) -> tuple[Tensor, NetworkJacobian]:
+        """The outputs `(N, *, C)` and their Jacobian: one unit column for each output number, `K = C` or `T C`.
+
+        Args:
+            x: a batch of inputs.
+
+        Returns:
+            Detached outputs and the factored Jacobian, one part for each parameter.
+        """
+        backprop = self(x)
+        return backprop.output.detach(), backprop.jacobian()
+
+    def outputs(self, x: Any) -> Tensor:
+        """The forward pass alone: outputs `(N, *, C)` with their graph.
+
+        Raises:
+            ValueError: if inputs or outputs are refused, or the model changes its inputs.
+            TypeError: if they are of a wrong type.
+        """
+        x = to_device(x, self.parameters.device)
+        versions = [t._version for t in tensors(x)]
+        returned = run(self.model, x, self.parameters, self.forward_fn)
+        if versions != [t._version for t in tensors(x)]:
+            raise ValueError(
+                "The forward pass changes its inputs in place, so that a second pass would see others. Let it work on "
+                "a copy: x = x.clone(), or inplace=False in the first activation."
+            )
+        output = canonical(returned, self.output_axis)
+        self.shape = returned.shape
+        return output
+
+    def _resolve(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Probe]:
+        check_examples_apart(self.model, x, output, self.outputs)
+        return resolve(graph, output, self.parameters.tensors)
+
+    def _resolve_one(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Probe] | None:
+        """A single example is read as two copies of it would be, if the model runs on them in the same way.
+
+        Alone it would look unmixed everywhere, and its weights could be given another form than those of other batches.
+        """
+        if len(output) != 1:
+            return None
+        two = map_tensors(lambda t: torch.cat([t, t]) if t.ndim > 0 and len(t) == 1 else t, x)
+        try:
+            twice = self.outputs(two)
+            other = Graph(twice, self.parameters)
+            if len(twice) != 2 or other.signature() != graph.signature():
+                return None
+            uses, found = resolve(other, twice, self.parameters.tensors)
+        except (RuntimeError, ValueError):  # a model for one example at a time
+            return None
+        layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
+        uses, layouts = _Known.of(other, uses, layouts, 2, together=False).found_in(graph)
+        # All of a single example's positions are its own, in whatever order those of two would stand.
+        layouts = {node: {o: _of_one(layout) for o, layout in at.items()} for node, at in layouts.items()}
+        alone = probe(output, layouts, self.parameters.tensors, graph)
+        return uses, replace(alone, layouts={**layouts})
+
+    def _verify(self, backprop: Backprop, found: Probe) -> bool:
+        """Whether columns may go together, checked against autograd; one by one is the last resort.
+
+        Raises:
+            RuntimeError: if the captured Jacobians are wrong either way.
+        """
+        together = backprop.plan(2).together
+        if together:
+            try:
+                errors = contraction_errors(backprop, found, Plan(together=True, chunk=2))
+            except (RuntimeError, NotImplementedError) as reason:
+                errors = {"torch.func.vmap": float("inf")}
+                message = str(reason).splitlines()[0]
+            else:
+                message = f"wrong gradients for {list(errors)}"
+            if not errors:
+                return True
+            warnings.warn(
+                f"Some operation of this model cannot be differentiated in a batch of columns ({message}); "
+                "columns go one by one, which is slower but exact.",
+                stacklevel=2,
+            )
+        errors = contraction_errors(backprop, found, Plan(together=False, chunk=1))
+        if errors:
+            worst = max(errors, key=lambda n: errors[n])
+            raise RuntimeError(
+                f"The captured Jacobian of {sorted(errors)} does not reproduce autograd's gradient (relative error "
+                f"{errors[worst]:.1e} for {worst!r}). Either examples influence each other on the way (batch "
+                "statistics, attention across the batch), or an operation changes a saved tensor in place. Leave "
+                "these parameters out of the selection, or make the forward pass treat examples one by one."
+            )
+        return False

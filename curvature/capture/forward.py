@@ -1,0 +1,159 @@
+"""One forward pass: any model and any form of inputs in, outputs of one form out, or an error that says why not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lapkit.curvature.capture import internals
+from lapkit.curvature.inputs import tensors
+from lapkit.curvature.parameters import Parameters, callers_autocast
+
+ForwardFunction = Callable[[nn.Module, Any], Any]
+
+
+def call(model: nn.Module, x: Any) -> Any:
+    """`model(**x)`, `model(*x)` or `model(x)`: a mapping or a tuple is spread where the signature takes it so."""
+    if isinstance(x, Mapping) and _takes(model, (), x):
+        return model(**x)
+    if isinstance(x, (tuple, list)) and _takes(model, x, {}):
+        return model(*x)
+    return model(x)
+
+
+def _takes(model: nn.Module, positional: Any, named: Mapping[str, Any]) -> bool:
+    """Whether the forward pass can be called with these arguments."""
+    try:
+        inspect.signature(model.forward).bind(*positional, **named)
+    except (TypeError, ValueError):  # does not fit, or has no signature to ask
+        return False
+    return True
+
+
+def forward(
+    model: nn.Module,
+    x: Any,
+    parameters: Parameters,
+    *,
+    forward_fn: ForwardFunction | None = None,
+    output_axis: int | None = None,
+) -> Tensor:
+    """The model's outputs as `(N, C)`, or `(N, T, C)` where every example has outputs at T positions.
+
+    A sequence `(N, T, C)` has its classes last, an image `(N, C, H, W)` at axis 1, which moves to the end; positions
+    are flattened. A model that returns an object with `logits`, as those of transformers do, is read there.
+
+    Args:
+        model: the network; it is run without `torch.compile`.
+        x: a batch of inputs: a tensor, or tuples and mappings of them, spread over the arguments of the model.
+        parameters: the selection, for its dtype.
+        forward_fn: `forward_fn(model, x)` to be called instead.
+        output_axis: the axis of classes or channels; the last one of up to three axes and 1 of more by default.
+
+    Returns:
+        Outputs with their graph.
+
+    Raises:
+        TypeError: if the inputs' type does not suit the weights, or outputs are no floating tensor.
+        ValueError: if outputs have a wrong shape, or they or the inputs are not finite.
+        RuntimeError: if the model itself fails, as it does.
+    """
+    return canonical(run(model, x, parameters, forward_fn), output_axis)
+
+
+def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFunction | None = None) -> Any:
+    """What the model returns, or its `logits`.
+
+    Args:
+        model: the network; it is run without `torch.compile`.
+        x: a batch of inputs.
+        parameters: the selection, for its dtype.
+        forward_fn: `forward_fn(model, x)` to be called instead.
+
+    Returns:
+        Outputs as the model has them.
+
+    Raises:
+        TypeError: if the inputs' type does not suit the weights.
+        ValueError: if the inputs are not finite.
+        RuntimeError: if the model itself fails, as it does.
+    """
+    # Among several inputs there may be a mask of zeros and minus infinity.
+    bad = (lambda t: ~torch.isfinite(t)) if isinstance(x, Tensor) else torch.isnan
+    if any(t.is_floating_point() and bad(t).any() for t in tensors(x)):
+        raise ValueError("The inputs hold NaN or infinite values. Remove or impute these examples first.")
+    try:
+        with internals.eagerly(), callers_autocast():
+            output = call(model, x) if forward_fn is None else forward_fn(model, x)
+    except RuntimeError as error:
+        if isinstance(x, Tensor) and x.dtype != parameters.dtype:
+            raise TypeError(
+                f"The model, with weights of type {parameters.dtype}, failed on inputs of type {x.dtype} ({error}). "
+                f"If they are numbers rather than indices, convert them: x.to({parameters.dtype})."
+            ) from error
+        raise
+    return output if isinstance(output, Tensor) else getattr(output, "logits", output)
+
+
+def check_positions(outputs: torch.Size, axis: int | None, y: Tensor) -> None:
+    """Refuse targets for positions of another shape, such as height and width exchanged; flattened ones pass.
+
+    Args:
+        outputs: the shape of the outputs as the model returned them.
+        axis: of classes or channels.
+        y: targets.
+
+    Raises:
+        ValueError: if positions differ in shape.
+    """
+    axis = _output_axis(len(outputs), axis) % len(outputs)
+    positions = tuple(length for i, length in enumerate(outputs) if i not in (0, axis))
+    wanted = tuple(outputs[1:]) if y.ndim == len(outputs) else positions
+    if len(positions) > 1 and y.ndim in (len(outputs), len(outputs) - 1) and tuple(y.shape[1:]) != wanted:
+        raise ValueError(
+            f"Targets {tuple(y.shape)} do not stand at the positions {positions} of the outputs {tuple(outputs)}; "
+            f"expected (N, {', '.join(map(str, wanted))})."
+        )
+
+
+def _output_axis(axes: int, axis: int | None) -> int:
+    """The axis of classes: as given, or the last one of up to three axes and 1 of more."""
+    if axis is not None:
+        return axis
+    return 1 if axes > 3 else -1
+
+
+def canonical(output: Any, axis: int | None) -> Tensor:
+    """Outputs with classes last and positions flattened, `(N, C)` or `(N, T, C)`.
+
+    Raises:
+        TypeError: if they are no floating tensor.
+        ValueError: if the shape is not that of outputs, or does not have this axis, or a number is not finite.
+    """
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
+        raise TypeError(
+            f"The model must return a floating tensor of outputs (N, C), (N, T, C) or (N, C, H, W), it returned "
+            f"{kind}. Wrap it, or give forward_fn=lambda model, x: model(x)[...]."
+        )
+    if output.ndim == 1 and axis is None:
+        output = output[:, None]
+    if output.ndim < 2 or 0 in output.shape:
+        raise ValueError(
+            "The model must return outputs of shape (N, C), (N, T, C) or (N, C, H, W) with at least one example and "
+            f"one output, it returned {tuple(output.shape)}."
+        )
+    axis = _output_axis(output.ndim, axis)
+    if not -output.ndim < axis < output.ndim or axis == 0:
+        raise ValueError(
+            f"output_axis={axis} is no axis of classes in outputs {tuple(output.shape)}; axis 0 holds the examples."
+        )
+    if not torch.isfinite(output).all():
+        raise ValueError(
+            "The model's outputs are NaN or infinite on finite inputs: check its weights and the scale of the inputs."
+        )
+    return output if output.ndim == 2 else output.movedim(axis, -1).flatten(1, -2)

@@ -1,0 +1,1 @@
+"""Hessian backpropagation through sequential networks, and the exact diagonal of the Hessian."""

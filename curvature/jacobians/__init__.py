@@ -1,0 +1,1 @@
+"""The Jacobian of a parameter, kept factored, and its algebra."""

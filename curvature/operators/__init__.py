@@ -1,0 +1,1 @@
+"""Symmetric matrices over the weights, in whatever form is small."""

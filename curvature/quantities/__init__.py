@@ -1,0 +1,1 @@
+"""Which structure is kept of the sum over the data, and the results."""

@@ -1,0 +1,234 @@
+"""Which structure: the form in which `sum_n J_n^T S_n S_n^T J_n` is kept.
+
+Quantities add up over columns, batches and machines. Several ride one backward pass.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import is_dataclass
+from itertools import accumulate
+from typing import ClassVar, final
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature.columns.columns import Columns
+from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
+from lapkit.curvature.likelihoods.likelihood import Likelihood
+from lapkit.curvature.memory import default_budget
+from lapkit.curvature.operators.block_diagonal import BlockDiagonal
+from lapkit.curvature.operators.dense import Dense
+from lapkit.curvature.operators.diagonal import Diagonal
+from lapkit.curvature.parameters import Parameters
+from lapkit.curvature.quantities.cross import add_blocks, mirrored
+from lapkit.curvature.quantities.results import CurvatureSum, Result
+
+
+class Quantity(ABC):
+    """A sum over the data of something made of the layers' Jacobians.
+
+    `accumulate` calls, in this order: `begin` once; for each batch `begin_batch`, then for each chunk of columns
+    `update` for each parameter and `end_columns`, then `end_batch`.
+
+    Args:
+        parameters: the weights, whose order the result follows.
+        columns: which columns it wants, if not those of the call.
+    """
+
+    columns: Columns | None = None
+
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
+        self.parameters = parameters
+        self.columns = self.columns if columns is None else columns
+        self.count = 0
+        self.about: dict[str, str] = {}
+
+    def begin(self, columns: Columns, likelihood: Likelihood) -> None:
+        """Learn what will be summed; a second pass must sum the same.
+
+        Raises:
+            ValueError: if an earlier pass was over other columns or another likelihood.
+        """
+        about = {"columns": described(columns), "likelihood": described(likelihood)}
+        if self.count and not about.items() <= self.about.items():
+            raise ValueError(f"This quantity holds sums of {self.about}, which {about} cannot be added to.")
+        self.about = {**self.about, **about}
+
+    def begin_batch(self, examples: int, weights: Tensor | None) -> None:
+        """A batch of N examples begins; their weights `(N,)`, if there are any, are in the columns already."""
+        self.count += examples
+
+    @abstractmethod
+    def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
+        """Take one parameter's Jacobian for a chunk of columns.
+
+        A parameter whose derivative autograd knows to be zero is left out.
+
+        Args:
+            name: the parameter.
+            jacobian: for some of the columns of one batch.
+            first: whether it is the first chunk of columns of this batch.
+        """
+
+    def end_columns(self) -> None:  # noqa: B027 (most quantities have nothing left to do)
+        """Called after each chunk of columns, when every parameter's Jacobian has been seen."""
+
+    def end_batch(self) -> None:  # noqa: B027 (likewise)
+        """Called after the last chunk of columns of a batch."""
+
+    @abstractmethod
+    def result(self) -> Result:
+        """What has been summed so far, apart from what comes later."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter, in flat order."""
+        return {n: tuple(p.shape) for n, p in zip(self.parameters.names, self.parameters.tensors, strict=True)}
+
+
+def described(settings: object) -> str:
+    """A frozen dataclass by its fields, anything else by its type: equal words for equal settings."""
+    return repr(settings) if is_dataclass(settings) else type(settings).__qualname__
+
+
+def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    """Add in place; the first value is copied, since two parameters may have been handed the same.
+
+    Raises:
+        ValueError: if the shape differs from that of earlier batches; it must not be broadcast.
+    """
+    if key in sums:
+        if sums[key].shape != value.shape:
+            raise ValueError(
+                f"Parameter {key.partition('/')[2]!r} is used in another way in this batch than before: its curvature "
+                f"has the form {tuple(value.shape)} after {tuple(sums[key].shape)}. Use batches that take the same "
+                "path through the model, or a structure without Kronecker factors."
+            )
+        sums[key] += value
+    else:
+        sums[key] = value.clone()
+
+
+@final
+class DiagonalSum(CurvatureSum):
+    """`diag(H)`, one tensor `value/NAME` in the shape of each parameter."""
+
+    main: ClassVar[str] = "value"
+
+    def operator(self) -> Diagonal:
+        """One value for each weight."""
+        return Diagonal(torch.cat([t.flatten() for t in self.part("value").values()]))
+
+
+@final
+class GGNDiagonal(Quantity):
+    """`diag(H)`.
+
+    Reference:
+        Dangel, Backpropagation Beyond the Gradient, table 5.1 (DiagGGN).
+    """
+
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
+        super().__init__(parameters, columns=columns)
+        self.sums: dict[str, Tensor] = {}
+
+    def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
+        """See `Quantity.update`."""
+        add_to(self.sums, f"value/{name}", jacobian.square_sum())
+
+    def result(self) -> DiagonalSum:
+        """See `Quantity.result`."""
+        like = summable(self.parameters.tensors[0].detach())
+        values = {n: self.sums.get(f"value/{n}", like.new_zeros(shape)) for n, shape in self.shapes.items()}
+        tensors = {f"value/{n}": v.clone().reshape(self.shapes[n]) for n, v in values.items()}
+        return DiagonalSum(self.shapes, tensors, self.count, self.about)
+
+
+@final
+class BlockSum(CurvatureSum):
+    """The diagonal blocks of H, one matrix `block/NAME` for each parameter."""
+
+    main: ClassVar[str] = "block"
+
+    def operator(self) -> BlockDiagonal:
+        """One dense block for each parameter."""
+        return BlockDiagonal(tuple(Dense(block.clone()) for block in self.part("block").values()))
+
+
+@final
+class GGNBlocks(Quantity):
+    """The exact diagonal block of each parameter."""
+
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
+        super().__init__(parameters, columns=columns)
+        self.sums: dict[str, Tensor] = {}
+
+    def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
+        """See `Quantity.update`."""
+        add_to(self.sums, f"block/{name}", jacobian.block())
+
+    def result(self) -> BlockSum:
+        """See `Quantity.result`."""
+        like = summable(self.parameters.tensors[0].detach())
+        sizes = zip(self.parameters.names, self.parameters.sizes, strict=True)
+        blocks = {f"block/{n}": self.sums.get(f"block/{n}", like.new_zeros(size, size)) for n, size in sizes}
+        return BlockSum(self.shapes, {k: b.clone() for k, b in blocks.items()}, self.count, self.about)
+
+
+@final
+class DenseSum(CurvatureSum):
+    """H itself, one tensor `matrix`."""
+
+    def operator(self) -> Dense:
+        """The matrix."""
+        return Dense(self.tensors["matrix"].clone())
+
+
+@final
+class GGNDense(Quantity):
+    """The full matrix, across layers.
+
+    Raises:
+        ValueError: if it would not fit into the memory that is free.
+    """
+
+    def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
+        super().__init__(parameters, columns=columns)
+        check_matrix_fits(parameters)
+        self.total: Tensor | None = None
+        self.jacobians: dict[str, LayerJacobian] = {}
+
+    def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
+        """See `Quantity.update`."""
+        self.jacobians[name] = jacobian
+
+    def end_columns(self) -> None:
+        """Multiply what the layers have left."""
+        size, like = self.parameters.numel, summable(self.parameters.tensors[0].detach())
+        if self.total is None:
+            self.total = like.new_zeros(size, size)
+        starts = accumulate((0, *self.parameters.sizes))
+        places = zip(self.parameters.names, starts, strict=False)
+        add_blocks(self.total, [(start, self.jacobians[n]) for n, start in places if n in self.jacobians])
+        self.jacobians = {}
+
+    def result(self) -> DenseSum:
+        """See `Quantity.result`."""
+        size, like = self.parameters.numel, summable(self.parameters.tensors[0].detach())
+        total = like.new_zeros(size, size) if self.total is None else mirrored(self.total, self.parameters.sizes)
+        return DenseSum(self.shapes, {"matrix": total}, self.count, self.about)
+
+
+def check_matrix_fits(parameters: Parameters) -> None:
+    """Refuse a full matrix over weights that are too many.
+
+    Raises:
+        ValueError: if it would not fit into the memory that is free.
+    """
+    needed = parameters.numel**2 * max(parameters.dtype.itemsize, 4)
+    if needed > 4 * default_budget(parameters.device):
+        raise ValueError(
+            f"The full matrix over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, more than is "
+            "free. Choose hessian_structure='kron' or 'diag', or fewer weights (subset_of_weights='last_layer')."
+        )

@@ -1,0 +1,1 @@
+"""Closed forms: what an operation's cotangent says about a weight."""
