@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lapkit.curvature.inputs import to_device
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, summable
 from lapkit.curvature.parameters import Parameters, borrowed
 from lapkit.curvature.quantities.kfac import GGNKronecker
+from lapkit.curvature.text import readable_size, text_table
 
 STRUCTURES = ("diag", "kron", "blocks")  # and "full", which is not a sum over parameters
 
@@ -103,14 +104,14 @@ class Inspection:
             for r in self.rows
         ]
         costs = [
-            (name, _size(self.memory(name)), f"{self.gradients(name):.3g} gradient passes")
+            (name, readable_size(self.memory(name)), f"{self.gradients(name):.3g} gradient passes")
             for name in (*STRUCTURES, "full")
         ]
         weights = sum(r.numbers["diag"] for r in self.rows)
         heading = f"parameters: {len(self.rows)}, weights: {weights:,}, "
         heading += f"outputs: {' x '.join(map(str, self.outputs))}, columns: up to {self.columns}"
         return "\n".join(
-            (heading, "", *_table(head, body), "", *_table(("structure", "memory", "a batch costs"), costs))
+            (heading, "", *text_table(head, body), "", *text_table(("structure", "memory", "a batch costs"), costs))
         )
 
 
@@ -266,18 +267,3 @@ def _form(row: ParameterUse) -> str:
 def _counted(operations: tuple[str, ...]) -> str:
     counts = {o: operations.count(o) for o in operations}
     return ", ".join(o if c == 1 else f"{c} x {o}" for o, c in counts.items())
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
-
-
-def _table(head: Iterable[str], body: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of left-aligned columns."""
-    lines = [tuple(head), *(tuple(row) for row in body)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 from lapkit.curvature.capture.backprop import Backprop, Plan
 from lapkit.curvature.capture.forward import ForwardFunction, canonical, run
 from lapkit.curvature.capture.irregular import IrregularLayout
+from lapkit.curvature.capture.known import Known
 from lapkit.curvature.capture.layout import AnyLayout, Layout, Probe, probe, resolve
 from lapkit.curvature.capture.self_check import check_examples_apart, contraction_errors
 from lapkit.curvature.capture.tape import Graph, Use
@@ -23,43 +22,7 @@ from lapkit.curvature.jacobians.jacobian import NetworkJacobian, summable
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.parameters import Parameters, unwrapped
 
-Layouts = dict[Node, dict[int, AnyLayout]]
 FEW = 8  # examples that suffice to read and verify a pass: the probe tells so many apart at once
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is remembered of a graph: uses and layouts by position of the node, and whether columns may go together."""
-
-    uses: tuple[tuple[str, int, int], ...]
-    layouts: dict[int, dict[int, AnyLayout]]
-    together: bool
-    shapes: tuple[torch.Size, ...]
-    examples: int
-
-    @classmethod
-    def of(cls, graph: Graph, uses: Sequence[Use], layouts: Layouts, examples: int, *, together: bool) -> _Known:
-        """What to remember of `graph`."""
-        index = {node: i for i, node in enumerate(graph.nodes)}
-        places = tuple((use.parameter, index[use.node], use.slot) for use in uses)
-        places_of_layouts = {index[node]: layout for node, layout in layouts.items()}
-        return cls(places, places_of_layouts, together, graph.shapes(), examples)
-
-    def fits(self, graph: Graph, examples: int) -> bool:
-        """Whether another graph with the same signature has the same shapes, up to the number of examples.
-
-        Where parts of a batch are cut out by lengths that the data gives, shapes tell.
-        """
-        return all(
-            len(one) == len(two)
-            and all(p == q or p * examples == q * self.examples for p, q in zip(one, two, strict=True))
-            for one, two in zip(self.shapes, graph.shapes(), strict=True)
-        )
-
-    def found_in(self, graph: Graph) -> tuple[list[Use], Layouts]:
-        """The same uses and layouts in another graph with the same signature."""
-        uses = [Use(parameter, graph.nodes[i], slot) for parameter, i, slot in self.uses]
-        return uses, {graph.nodes[i]: layout for i, layout in self.layouts.items()}
 
 
 def _check_supported(model: nn.Module, parameters: Parameters) -> None:
@@ -119,7 +82,7 @@ class Engine:
         self.budget = default_budget(parameters.device) if memory_budget is None else memory_budget
         self.shape = torch.Size()  # of the last outputs, as the model returned them
         self.unreached = set(parameters.names)  # parameters that no output has depended on so far
-        self._known: dict[tuple[object, ...], list[_Known]] = defaultdict(list)
+        self._known: dict[tuple[object, ...], list[Known]] = defaultdict(list)
 
     def __call__(self, x: Any) -> Backprop:
         """Forward `x` and make its tape ready.
@@ -149,7 +112,7 @@ class Engine:
         backprop.may_batch = known.together
         return backprop
 
-    def _recall(self, key: tuple[object, ...], graph: Graph, examples: int) -> _Known | None:
+    def _recall(self, key: tuple[object, ...], graph: Graph, examples: int) -> Known | None:
         """What is known of passes like this one."""
         return next((known for known in self._known[key] if known.fits(graph, examples)), None)
 
@@ -175,7 +138,7 @@ class Engine:
         backprop.may_batch = self._verify(backprop, found)
         steady = found.certain and not graph.routes_by_data() and can_be_cut(x, len(output))
         if len(output) == 1 or steady:
-            known = _Known.of(graph, uses, layouts, len(output), together=backprop.may_batch)
+            known = Known.of(graph, uses, layouts, len(output), together=backprop.may_batch)
             self._known[key].append(known)
         return backprop
 
@@ -231,7 +194,7 @@ class Engine:
         except (RuntimeError, ValueError):  # a model for one example at a time
             return None
         layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
-        uses, layouts = _Known.of(other, uses, layouts, 2, together=False).found_in(graph)
+        uses, layouts = Known.of(other, uses, layouts, 2, together=False).found_in(graph)
         # All of a single example's positions are its own, in whatever order those of two would stand.
         layouts = {node: {o: _of_one(layout) for o, layout in at.items()} for node, at in layouts.items()}
         alone = probe(output, layouts, self.parameters.tensors, graph)
