@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lapkit.curvature.inputs import all_finite
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -120,7 +122,7 @@ class Parameters:
         Raises:
             ValueError: if a selected parameter holds NaN or infinity.
         """
-        bad = [n for n, p in zip(self.names, self.tensors, strict=True) if not torch.isfinite(p).all()]
+        bad = [n for n, p in zip(self.names, self.tensors, strict=True) if not all_finite(p)]
         if bad:
             raise ValueError(
                 f"Parameters {bad} hold NaN or infinite values: training has diverged. "

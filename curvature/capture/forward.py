@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lapkit.curvature.capture import internals
-from lapkit.curvature.inputs import tensors
+from lapkit.curvature.inputs import all_finite, tensors
 from lapkit.curvature.parameters import Parameters, callers_autocast
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
@@ -82,9 +82,7 @@ def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFun
         ValueError: if the inputs are not finite.
         RuntimeError: if the model itself fails, as it does.
     """
-    # Among several inputs there may be a mask of zeros and minus infinity.
-    bad = (lambda t: ~torch.isfinite(t)) if isinstance(x, Tensor) else torch.isnan
-    if any(t.is_floating_point() and bad(t).any() for t in tensors(x)):
+    if any(t.is_floating_point() and not all_finite(t) and _refused(x, t) for t in tensors(x)):
         raise ValueError("The inputs hold NaN or infinite values. Remove or impute these examples first.")
     try:
         with internals.eagerly(), callers_autocast():
@@ -97,6 +95,11 @@ def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFun
             ) from error
         raise
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
+
+
+def _refused(x: Any, t: Tensor) -> bool:
+    """Whether one of the inputs cannot be used; among several there may be a mask of zeros and minus infinity."""
+    return isinstance(x, Tensor) or bool(torch.isnan(t).any())
 
 
 def check_positions(outputs: torch.Size, axis: int | None, y: Tensor) -> None:
@@ -152,7 +155,7 @@ def canonical(output: Any, axis: int | None) -> Tensor:
         raise ValueError(
             f"output_axis={axis} is no axis of classes in outputs {tuple(output.shape)}; axis 0 holds the examples."
         )
-    if not torch.isfinite(output).all():
+    if not all_finite(output):
         raise ValueError(
             "The model's outputs are NaN or infinite on finite inputs: check its weights and the scale of the inputs."
         )
