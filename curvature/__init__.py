@@ -28,6 +28,7 @@ from lapkit.curvature.inspection import Inspection, ParameterUse, inspect, inspe
 from lapkit.curvature.jacobians.embedding import EmbeddingJacobian
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian, NetworkJacobian
 from lapkit.curvature.jacobians.outer_product import OuterProduct
+from lapkit.curvature.jacobians.routed import RoutedJacobian
 from lapkit.curvature.jacobians.sum_jacobian import SumJacobian
 from lapkit.curvature.jacobians.tied import TiedJacobian
 from lapkit.curvature.likelihoods.binary import Bernoulli
@@ -139,6 +140,7 @@ __all__ = [
     "Residual",
     "Result",
     "Results",
+    "RoutedJacobian",
     "Solution",
     "SpectralDensity",
     "SqrtGGN",

@@ -104,7 +104,8 @@ def accumulate(
             tqdm(data, desc="curvature", total=total, disable=not progress_bar, leave=False)
         ):
             x, y, weights = unpack(batch, number)
-            backprop = engine(to_device(x, parameters.device))
+            x, y, weights = to_device((x, y, weights), parameters.device)
+            backprop = engine(x)
             f = summable(backprop.output.detach())
             seen = 0 if totals is None else totals.count
             draws = None if seed is None else Draws(seed, example_keys((x, y), len(f), seen).to(f.device))

@@ -156,8 +156,7 @@ def compute(
     """
     if any(":" in name or not name for name in quantities):
         raise ValueError(f"Names of quantities must not be empty or hold ':', got {list(quantities)}.")
-    if not isinstance(parameters, Parameters):
-        parameters = Parameters.of(model, parameters)
+    parameters = Parameters.selected(model, parameters)
     made = {name: make(parameters) for name, make in quantities.items()}
     totals = accumulate(
         model,
@@ -173,4 +172,5 @@ def compute(
         progress_bar=progress_bar,
         total=length_hint(data) or None,
     )
-    return Results({name: quantity.result() for name, quantity in made.items()}, totals)
+    with torch.inference_mode(False):  # results are for any use, whoever calls
+        return Results({name: quantity.result() for name, quantity in made.items()}, totals)

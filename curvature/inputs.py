@@ -91,9 +91,19 @@ def shapes_of_one(x: Any, examples: int) -> tuple[tuple[int, ...], ...]:
 
 
 def can_be_cut(x: Any, examples: int) -> bool:
-    """Whether every tensor of a batch has the examples along its first axis; a single number belongs to all of them."""
+    """Whether every tensor of a batch has the examples along its first axis; a single number belongs to all of them.
+
+    A list of as many tensors as there are examples may have one for each, whatever their lengths.
+    """
+    if is_ambiguous(x, examples):
+        return False
     found = [t for t in tensors(x) if t.ndim > 0]
     return bool(found) and all(len(t) == examples for t in found)
+
+
+def is_ambiguous(x: Any, examples: int) -> bool:
+    """Whether a list could be several inputs for all examples or one tensor for each of them."""
+    return isinstance(x, list) and len(x) == examples > 1
 
 
 def cut(x: Any, part: slice) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,7 +119,7 @@ def inspection(
     model: nn.Module,
     x: Any,
     *,
-    parameters: Parameters | None = None,
+    parameters: Parameters | Iterable[str] | None = None,
     forward_fn: ForwardFunction | None = None,
     output_axis: int | None = None,
     memory_budget: int | None = None,
@@ -129,7 +129,7 @@ def inspection(
     Args:
         model: the network; it is given back as it was.
         x: one batch of inputs; costs are those of this batch.
-        parameters: the selection; all trainable ones by default.
+        parameters: the selection, or names of parameters or modules; all trainable ones by default.
         forward_fn: `forward_fn(model, x)` to be called instead of the model.
         output_axis: the axis of classes or channels in the outputs.
         memory_budget: bytes that intermediates may take.
@@ -141,7 +141,7 @@ def inspection(
         ValueError: if the engine refuses the model; the message names the reason and the remedy.
         TypeError: if inputs or outputs have a type it cannot take.
     """
-    parameters = Parameters.of(model) if parameters is None else parameters
+    parameters = Parameters.selected(model, parameters)
     x = to_device(x, parameters.device)
     with borrowed(model, parameters):
         engine = Engine(model, parameters, memory_budget=memory_budget, forward_fn=forward_fn, output_axis=output_axis)
@@ -228,7 +228,7 @@ def _costs(
 ) -> tuple[str, dict[str, int], dict[str, int], dict[str, int]]:
     """The Kronecker form, the numbers kept and the multiplications, once and for each column, of each structure."""
     _, examples, size = jacobian.shape
-    count = int(jacobian.input_moment()[1])
+    count = int(torch.as_tensor(jacobian.input_moment()[1]).double().mean().ceil())  # of an average group
     outputs, inputs = (right, left) if jacobian.transposed else (left, right)
     groups, rows = outputs.shape[0], outputs.shape[-1]
     alone = count <= examples  # then no column enters the products with the inputs

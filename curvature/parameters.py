@@ -73,6 +73,11 @@ class Parameters:
             )
         return cls(tuple(chosen), tuple(trainable[n] for n in chosen))
 
+    @classmethod
+    def selected(cls, model: nn.Module, choice: Parameters | Iterable[str] | None) -> Parameters:
+        """A selection as users give it: itself, names of parameters or modules, or None for all trainable ones."""
+        return choice if isinstance(choice, Parameters) else cls.of(model, choice)
+
     def subset(self, keep: Iterable[bool]) -> Parameters:
         """The parameters for which `keep`, one flag for each, is true."""
         pairs = [pair for pair, k in zip(zip(self.names, self.tensors, strict=True), keep, strict=True) if k]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +55,7 @@ def verify(
     model: nn.Module,
     x: Any,
     *,
-    parameters: Parameters | None = None,
+    parameters: Parameters | Iterable[str] | None = None,
     rows: int = 64,
     forward_fn: ForwardFunction | None = None,
     output_axis: int | None = None,
@@ -67,7 +68,7 @@ def verify(
     Args:
         model: the network; it is given back as it was.
         x: one batch of inputs.
-        parameters: the selection; all trainable ones by default.
+        parameters: the selection, or names of parameters or modules; all trainable ones by default.
         rows: how many pairs of an example and an output number to compare, spread evenly; all where there are fewer.
         forward_fn: `forward_fn(model, x)` to be called instead of the model.
         output_axis: the axis of classes or channels in the outputs.
@@ -88,7 +89,7 @@ def verify(
     """
     if rows < 1:
         raise ValueError(f"At least one row must be compared, got rows={rows}.")
-    parameters = Parameters.of(model) if parameters is None else parameters
+    parameters = Parameters.selected(model, parameters)
     x = to_device(x, parameters.device)
     with borrowed(model, parameters):
         engine = Engine(model, parameters, memory_budget=memory_budget, forward_fn=forward_fn, output_axis=output_axis)

@@ -214,10 +214,12 @@ class Laplace:
             progress_bar=progress_bar,
             total=length_hint(train_loader) or None,
         )
+        with torch.inference_mode(False):  # results are for any use, whoever calls
+            mean, curvature = summable(parameters.vector()), quantity.result().operator()
         self._fit = Fit(
             parameters=parameters,
-            mean=summable(parameters.vector()),
-            curvature=quantity.result().operator(),
+            mean=mean,
+            curvature=curvature,
             loss=totals.loss,
             count=totals.weight,
             outputs=totals.outputs,

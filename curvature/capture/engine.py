@@ -15,7 +15,8 @@ from lapkit.curvature.capture.forward import ForwardFunction, canonical, run
 from lapkit.curvature.capture.irregular import IrregularLayout
 from lapkit.curvature.capture.known import Known
 from lapkit.curvature.capture.layout import AnyLayout, Layout, Probe, probe, resolve
-from lapkit.curvature.capture.self_check import check_examples_apart, contraction_errors
+from lapkit.curvature.capture.self_check import check_examples_apart, check_same, contraction_errors
+from lapkit.curvature.capture.steady import holds_for_others
 from lapkit.curvature.capture.tape import Graph, Use
 from lapkit.curvature.inputs import can_be_cut, cut, map_tensors, shapes_of_one, tensors, to_device
 from lapkit.curvature.jacobians.jacobian import NetworkJacobian, summable
@@ -82,6 +83,7 @@ class Engine:
         self.budget = default_budget(parameters.device) if memory_budget is None else memory_budget
         self.shape = torch.Size()  # of the last outputs, as the model returned them
         self.unreached = set(parameters.names)  # parameters that no output has depended on so far
+        self._together = True  # until an operation fails under vmap
         self._known: dict[tuple[object, ...], list[Known]] = defaultdict(list)
 
     def __call__(self, x: Any) -> Backprop:
@@ -136,11 +138,17 @@ class Engine:
         layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
         backprop = Backprop(output, graph, uses, layouts, self.parameters, self.budget)
         backprop.may_batch = self._verify(backprop, found)
-        steady = found.certain and not graph.routes_by_data() and can_be_cut(x, len(output))
+        steady = found.certain and can_be_cut(x, len(output)) and not graph.routes_by_data()
+        steady = steady and holds_for_others(graph, uses, self._own_memory(), len(output))
         if len(output) == 1 or steady:
             known = Known.of(graph, uses, layouts, len(output), together=backprop.may_batch)
             self._known[key].append(known)
         return backprop
+
+    def _own_memory(self) -> set[int]:
+        """Addresses of the model's weights and buffers."""
+        owned = [*self.model.parameters(), *self.model.buffers()]
+        return {t.untyped_storage().data_ptr() for t in owned}
 
     def jacobian(self, x: Any) -> tuple[Tensor, NetworkJacobian]:
         """The outputs `(N, *, C)` and their Jacobian: one unit column for each output number, `K = C` or `T C`.
@@ -169,6 +177,11 @@ class Engine:
                 "The forward pass changes its inputs in place, so that a second pass would see others. Let it work on "
                 "a copy: x = x.clone(), or inplace=False in the first activation."
             )
+        if getattr(returned, "ndim", 0) == 1 < len(returned) and can_be_cut(x, 1):
+            raise ValueError(
+                f"The model returned outputs {tuple(returned.shape)} for a single example: it squeezes the axis of the "
+                "examples away. Name the axis, as in squeeze(-1), or use flatten(1)."
+            )
         output = canonical(returned, self.output_axis)
         self.shape = returned.shape
         return output
@@ -187,12 +200,17 @@ class Engine:
         two = map_tensors(lambda t: torch.cat([t, t]) if t.ndim > 0 and len(t) == 1 else t, x)
         try:
             twice = self.outputs(two)
-            other = Graph(twice, self.parameters)
-            if len(twice) != 2 or other.signature() != graph.signature():
-                return None
-            uses, found = resolve(other, twice, self.parameters.tensors)
-        except (RuntimeError, ValueError):  # a model for one example at a time
+        except Exception:  # a model for one example at a time
             return None
+        if len(twice) != 2 or twice.shape[1:] != output.shape[1:]:
+            return None
+        if can_be_cut(x, 1):
+            check_same(twice, output)
+            check_examples_apart(self.model, x, output, self.outputs)
+        other = Graph(twice, self.parameters)
+        if other.signature() != graph.signature():
+            return None
+        uses, found = resolve(other, twice, self.parameters.tensors)
         layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
         uses, layouts = Known.of(other, uses, layouts, 2, together=False).found_in(graph)
         # All of a single example's positions are its own, in whatever order those of two would stand.
@@ -206,8 +224,7 @@ class Engine:
         Raises:
             RuntimeError: if the captured Jacobians are wrong either way.
         """
-        together = backprop.plan(2).together
-        if together:
+        if self._together and backprop.plan(2).together:
             try:
                 errors = contraction_errors(backprop, found, Plan(together=True, chunk=2))
             except (RuntimeError, NotImplementedError) as reason:
@@ -217,6 +234,7 @@ class Engine:
                 message = f"wrong gradients for {list(errors)}"
             if not errors:
                 return True
+            self._together = False
             warnings.warn(
                 f"Some operation of this model cannot be differentiated in a batch of columns ({message}); "
                 "columns go one by one, which is slower but exact.",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,35 @@ from lapkit.curvature.inputs import all_finite, tensors
 from lapkit.curvature.parameters import Parameters, callers_autocast
 
 ForwardFunction = Callable[[nn.Module, Any], Any]
+
+
+@contextmanager
+def recurrence_on_tape(model: nn.Module) -> Iterator[None]:
+    """Recurrent layers as the matrix products they are made of, each with a node of its own.
+
+    The fused kernels of oneDNN and cuDNN are one opaque node for all steps, which has no second derivative either.
+    They are left out while these modules run, and only then: convolutions keep theirs.
+
+    Args:
+        model: the network; its `nn.RNNBase` modules get hooks for the time being.
+    """
+    entered = ExitStack()
+
+    def leave(*_: Any) -> None:
+        entered.pop_all().close()
+
+    def enter(*_: Any) -> None:
+        with warnings.catch_warnings():  # of TF32, which nobody asks for here
+            warnings.simplefilter("ignore")
+            entered.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            entered.enter_context(torch.backends.cudnn.flags(enabled=False))
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                hooks.callback(module.register_forward_pre_hook(enter).remove)
+                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
 
 
 def call(model: nn.Module, x: Any) -> Any:
@@ -85,7 +116,7 @@ def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFun
     if any(t.is_floating_point() and not all_finite(t) and _refused(x, t) for t in tensors(x)):
         raise ValueError("The inputs hold NaN or infinite values. Remove or impute these examples first.")
     try:
-        with internals.eagerly(), callers_autocast():
+        with internals.eagerly(), callers_autocast(), recurrence_on_tape(model):
             output = call(model, x) if forward_fn is None else forward_fn(model, x)
     except RuntimeError as error:
         if isinstance(x, Tensor) and x.dtype != parameters.dtype:

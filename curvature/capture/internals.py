@@ -15,6 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+__all__ = ["TorchDispatchMode", "tree_flatten", "tree_leaves", "tree_unflatten"]  # as other modules take them from here
+
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)  # the one is refused where the other is not
 
 _functorch = getattr(torch._C, "_functorch", None)
 CAN_UNBATCH = all(

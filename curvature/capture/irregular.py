@@ -68,19 +68,31 @@ def digits(examples: int) -> int:
     return count
 
 
-def irregular_layout(one: Tensor, scaled: list[Tensor], examples: int) -> IrregularLayout | None:
+def scaled_alike(one: Tensor, two: Tensor, factors: Tensor, axis: int, noise: float) -> bool:
+    """Whether `two` is `one` times powers of two, position by position along an axis, up to the order of summation.
+
+    Powers of two scale exactly, and are divided out again. Weak examples are compared with themselves, not with the
+    strongest; a wrong factor is off by half of an example's own size at least. Where sums are taken in another order
+    each time, what is zero but for rounding has any factor: `noise` units of rounding of the strongest are allowed.
+    """
+    eps = torch.finfo(one.dtype).eps
+    difference, size = (t.abs().movedim(axis, 0).reshape(t.shape[axis], -1).amax(1) for t in (two / factors - one, one))
+    return bool((difference <= min(1e3 * eps, 0.02) * size + noise * eps * size.max()).all())
+
+
+def irregular_layout(one: Tensor, scaled: list[Tensor], examples: int, noise: float = 0) -> IrregularLayout | None:
     """The owners along the first axis on which every position belongs to a single example.
 
     Args:
         one: a node's cotangent.
         scaled: the same after the output's cotangent was multiplied by `digit_factors`, for each digit.
         examples: their number N.
+        noise: see `scaled_alike`.
 
     Returns:
         The layout, or None if examples mix. A position at which nothing arrives counts as the first example's: it
         takes no part in any derivative, and has gone into the layer like the others.
     """
-    tolerance = min(1e3 * torch.finfo(one.dtype).eps, 0.02)
     if not one.numel():
         return None
     for axis, length in enumerate(one.shape):
@@ -96,7 +108,7 @@ def irregular_layout(one: Tensor, scaled: list[Tensor], examples: int) -> Irregu
             other = two.movedim(axis, 0).reshape(length, -1)
             power = (other.gather(1, peak) / torch.where(alive[:, None], top, 1)).abs().log2().round()
             power = torch.where(alive[:, None], power, 0)
-            fits = fits and bool(((other - rows * torch.exp2(power)).abs() <= tolerance * other.abs().max()).all())
+            fits = fits and scaled_alike(rows, other, torch.exp2(power), 0, noise)
             fits = fits and bool(((power >= -BASE // 2) & (power < BASE // 2)).all())
             owner += (power[:, 0].long() + BASE // 2) * BASE**digit
         owner = torch.where(alive, owner, 0)

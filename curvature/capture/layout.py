@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from lapkit.curvature.capture.irregular import IrregularLayout, digit_factors, digits, irregular_layout
+from lapkit.curvature.capture.irregular import (
+    IrregularLayout,
+    digit_factors,
+    digits,
+    irregular_layout,
+    scaled_alike,
+)
 from lapkit.curvature.capture.tape import Graph, Use
 
 
@@ -113,10 +119,27 @@ def _layout(one: Tensor, scaled: list[Tensor], factors: Sequence[Tensor]) -> tup
     if one.ndim and one.numel() and not one.any():  # nothing arrives, but rows have gone in and count
         even = len(one) % len(factors[0]) == 0
         return (Layout(0) if even else IrregularLayout(0, torch.zeros(len(one), dtype=torch.long))), False
-    candidates = _candidates(one, scaled, factors)
-    if candidates:
-        return candidates[0], len(candidates) == 1
-    return irregular_layout(one, scaled, len(factors[0])), False
+    for noise in (0, 2):
+        candidates = _candidates(one, scaled, factors, noise)
+        if candidates:
+            rows = _rows(one, scaled, len(factors[0]), noise) if candidates[0].axis else None
+            return (candidates[0], len(candidates) == 1) if rows is None else (rows, False)
+        irregular = irregular_layout(one, scaled, len(factors[0]), noise)
+        if irregular is not None:
+            return irregular, False
+    return None, False
+
+
+def _rows(one: Tensor, scaled: list[Tensor], examples: int, noise: float) -> IrregularLayout | None:
+    """The layout of a matrix each of whose rows belongs to one example: columns fit by accident where many are zero.
+
+    If a single example has them all, then also those at which nothing arrives.
+    """
+    found = irregular_layout(one, scaled, examples, noise) if one.ndim == 2 else None
+    if found is None or found.axis != 0:
+        return None
+    owners = found.owner[one.any(1).cpu()].unique()
+    return IrregularLayout(0, owners.expand(len(one))) if len(owners) == 1 else found
 
 
 def _collect(
@@ -140,19 +163,19 @@ def _collect(
     return arrived, [g.to_dense() if g.is_sparse else g for g in gradients]  # an embedding may ask for sparse ones
 
 
-def _candidates(one: Tensor, scaled: list[Tensor], factors: Sequence[Tensor]) -> list[Layout]:
+def _candidates(one: Tensor, scaled: list[Tensor], factors: Sequence[Tensor], noise: float) -> list[Layout]:
     """The regular layouts under which `scaled` is `one` times each example's factors."""
     examples = len(factors[0])
     if one.numel() == 0:
         return []
-    # Powers of two scale exactly; what is allowed for is another order of summation.
-    relative = min(1e3 * torch.finfo(one.dtype).eps, 0.02)
 
     def fits(layout: Layout) -> bool:
         owner = layout.owners(one.shape[layout.axis], examples).to(one.device)
         shape = (-1, *[1] * (one.ndim - layout.axis - 1))
-        differences = ((two - one * f[owner].reshape(shape)).abs() for two, f in zip(scaled, factors, strict=True))
-        return all(bool((d <= relative * two.abs().max()).all()) for d, two in zip(differences, scaled, strict=True))
+        return all(
+            scaled_alike(one, two, f[owner].reshape(shape), layout.axis, noise)
+            for two, f in zip(scaled, factors, strict=True)
+        )
 
     positions = {axis: length // examples for axis, length in enumerate(one.shape) if length % examples == 0}
     simple = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from lapkit.curvature.capture.backprop import Backprop, Plan
 from lapkit.curvature.capture.layout import Probe
-from lapkit.curvature.inputs import can_be_cut, map_tensors
+from lapkit.curvature.inputs import can_be_cut, is_ambiguous, map_tensors
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
 
 # A misread tape is wrong by a factor of order one; these leave room for another order of summation and for TF32.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 1e-1, torch.bfloat16: 1e-1}
+
+SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # outputs of one example in two batches, where there is no TF32
 
 
 def contraction_errors(backprop: Backprop, found: Probe, plan: Plan) -> dict[str, float]:
@@ -62,27 +64,73 @@ def check_examples_apart(model: nn.Module, x: Any, output: Tensor, run: Callable
         ValueError: if the outputs of an example depend on which other examples stand in the batch.
     """
     examples = len(output)
+    if examples == 1:
+        _check_alone(x, output, run)
+        return
     half = examples // 2
     index = torch.full((examples,), 0 if half > 1 else half)
     index[::2] = torch.arange(half, half + len(index[::2]))
-    if half == 0 or not can_be_cut(x, examples):  # the nodes of a graph, say, could not be moved along
+    others = list(_rearranged(x, index, examples)) if half else []
+    for other in others:
+        try:
+            again = run(other)  # with a graph, like the first time: without one, attention takes another path
+        except Exception:  # not valid in this order, such as a batch sorted by length: nothing is known from it
+            return
+        if again.shape != output.shape or same(again[::2], output[half : half + len(index[::2])]):
+            return
+    if not others:
         return
-    other = map_tensors(lambda t: t[index.to(t.device)] if t.ndim else t, x)
-    try:
-        again = run(other)  # with a graph, like the first time: without one, attention takes another path
-    except Exception:  # a batch that is not valid in this order, such as one sorted by length: nothing is known from it
-        return
-    if again.shape[1:] != output.shape[1:] or len(again) != examples:
-        return
-    difference = (again[::2] - output[half : half + len(index[::2])]).detach().abs().max()
-    if difference <= TOLERANCE[output.dtype] * output.detach().abs().max():
-        return
-    culprit = _first_mixing_module(model, run, x, other, examples)
+    culprit = _first_mixing_module(model, run, x, others[0], examples)
     raise ValueError(
         f"The output of an example changes with the other examples in its batch{culprit}, so a posterior over "
         "independent examples is not defined. Batch statistics are the usual cause: use track_running_stats=True and "
         "eval mode, or another normalisation."
     )
+
+
+def _check_alone(x: Any, output: Tensor, run: Callable[[Any], Tensor]) -> None:
+    """Set a single example beside itself turned round, since beside a copy its statistics would stay the same.
+
+    Raises:
+        ValueError: if its output changes.
+    """
+    if not can_be_cut(x, 1):
+        return
+    beside = map_tensors(lambda t: torch.cat([t, t.flip(tuple(range(1, t.ndim)))]) if t.ndim else t, x)
+    try:
+        again = run(beside)
+    except Exception:  # turned round it is no valid input: nothing is known from it
+        return
+    if len(again) == 2 and again.shape[1:] == output.shape[1:]:
+        check_same(again[:1], output)
+
+
+def _rearranged(x: Any, index: Tensor, examples: int) -> Iterator[Any]:
+    """A batch in another order; in both of the ways there are, if a list may hold inputs or examples."""
+    if is_ambiguous(x, examples):
+        yield [x[i] for i in index.tolist()]
+        x = tuple(x)
+    if can_be_cut(x, examples):  # the nodes of a graph, say, could not be moved along
+        yield map_tensors(lambda t: t[index.to(t.device)] if t.ndim else t, x)
+
+
+def same(one: Tensor, two: Tensor) -> bool:
+    """Whether outputs are equal up to rounding."""
+    tolerance = TOLERANCE[two.dtype] if two.is_cuda else SAME.get(two.dtype, TOLERANCE[two.dtype])
+    return bool((one - two).detach().abs().max() <= tolerance * two.detach().abs().max())
+
+
+def check_same(again: Tensor, output: Tensor) -> None:
+    """Refuse a model whose output for the same example differs from pass to pass or from place to place.
+
+    Raises:
+        ValueError: if one of the outputs differs.
+    """
+    if not same(again, output.expand_as(again)):
+        raise ValueError(
+            "Two copies of one example do not have the outputs of that example: the model draws random numbers in eval "
+            "mode, or examples influence each other. Make its forward pass deterministic, one example at a time."
+        )
 
 
 def _first_mixing_module(model: nn.Module, run: Callable[[Any], Tensor], x: Any, other: Any, examples: int) -> str:

@@ -27,6 +27,26 @@ TRANSPARENT = frozenset({"SqueezeBackward1", "SqueezeBackward2"}) | frozenset(
 # Operations that may move examples about as the data says: sorting by length, routing to experts. Two graphs that look
 # the same may then hold the examples in different places.
 ROUTING = ("Index", "Gather", "Scatter", "MaskedS", "Take", "PackPadded", "Segment")
+GATHERING = ("IndexBackward0", "IndexSelectBackward0")
+BATCHED = ("BmmBackward0", "BaddbmmBackward0")
+# Where an operation takes its part from, or puts it, by name of the node: graphs that differ there hold the examples
+# in different places.
+PLACES = {
+    "SelectBackward0": ("dim", "index"),
+    "SliceBackward0": ("dim", "start", "end", "step"),
+    "SplitBackward0": ("split_size", "dim"),
+    "SplitWithSizesBackward0": ("split_sizes", "dim"),
+    "UnbindBackward0": ("dim",),
+    "RollBackward0": ("shifts", "dims"),
+    "FlipBackward0": ("dims",),
+    "Rot90Backward0": ("k", "dims"),
+    "PermuteBackward0": ("dims",),
+    "TransposeBackward0": ("dim0", "dim1"),
+    "AsStridedBackward0": ("size", "stride", "storage_offset"),
+    "DiagonalBackward0": ("offset", "dim1", "dim2"),
+    "UnfoldBackward0": ("dimension", "size", "step"),
+}
+
 WRITING = ("IndexAdd", "IndexPut", "IndexCopy", "Scatter", "MaskedScatter")
 
 
@@ -102,6 +122,7 @@ class Graph:
         return tuple(
             (
                 names.get(node, node.name()),
+                tuple(str(internals.saved(node, place)) for place in PLACES.get(node.name(), ())),
                 tuple((index[c], o) if c is not None else None for c, o in node.next_functions),
             )
             for node in self.nodes
@@ -135,12 +156,28 @@ class Graph:
         while todo:
             consumer, slot = todo.pop()
             higher = self.consumers[consumer]
-            if consumer.name() in TRANSPARENT and higher:
+            if higher and (consumer.name() in TRANSPARENT or self._gathers_matrices(consumer)):
                 todo.extend(higher)
                 # The slot that matters is the one of the node above; the loop finds it.
                 continue
             found.add(Use(parameter, consumer, slot))
         return found
+
+    def _gathers_matrices(self, node: Node) -> bool:
+        """Whether what a node looks up are matrices for batched products only, as those of each token's expert.
+
+        Their products have a closed form without the copies.
+        """
+        if node.name() not in GATHERING:
+            return False
+        todo = [consumer for consumer, _ in self.consumers[node]]
+        while todo:
+            consumer = todo.pop()
+            if consumer.name() in TRANSPARENT:
+                todo.extend(higher for higher, _ in self.consumers[consumer])
+            elif consumer.name() not in BATCHED:
+                return False
+        return True
 
     def roots(self, nodes: Iterable[Node]) -> list[Node]:
         """Those of `nodes` that have no other of them below: a backward pass need not go further."""

@@ -28,7 +28,7 @@ def hessian_blocks(
     *,
     mode: str = "hessian",
     averaging: str | None = None,
-    parameters: Parameters | None = None,
+    parameters: Parameters | Iterable[str] | None = None,
     sub_blocks: int | Mapping[str, int] | None = None,
     memory_budget: int | None = None,
     output_axis: int | None = None,
@@ -53,7 +53,7 @@ def hessian_blocks(
         data: batches `(inputs, targets)`, or `(inputs, targets, weights)` without averaging.
         mode: "hessian", "ggn", "pch-abs" or "pch-clip".
         averaging: None for exact blocks; "outer" for `E[J^T E[H] J]`, as in KFRA; "inner" for `E[J]^T E[H] E[J]`.
-        parameters: the weights, all trainable ones by default.
+        parameters: the weights, or names of parameters or modules; all trainable ones by default.
         sub_blocks: cut each parameter along its first axis, the output units of a linear layer, into so many blocks,
             for all or by name.
         memory_budget: bytes that intermediates may take.
@@ -80,7 +80,7 @@ def hessian_blocks(
     """
     chosen = mode_of(mode)
     check_averaging(averaging)
-    parameters = Parameters.of(model) if parameters is None else parameters
+    parameters = Parameters.selected(model, parameters)
     parameters.check_finite()
     budget = default_budget(parameters.device) if memory_budget is None else memory_budget
     shapes = {name: p.shape for name, p in zip(parameters.names, parameters.tensors, strict=True)}

@@ -15,7 +15,7 @@ from lapkit.curvature.hessian.hbp_modes import mode_of
 from lapkit.curvature.hessian.hbp_propagation import ActivationHessian, ModuleLink, Products, descend
 from lapkit.curvature.hessian.hbp_trace import Trace, Tracer
 from lapkit.curvature.hessian.hbp_weights import weight_product
-from lapkit.curvature.inputs import to_device, unpack
+from lapkit.curvature.inputs import map_tensors, to_device, unpack
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.memory import chunk_length, default_budget
 from lapkit.curvature.parameters import Parameters, borrowed
@@ -31,7 +31,7 @@ def hessian_products(
     data: Iterable[Any],
     *,
     mode: str = "hessian",
-    parameters: Parameters | None = None,
+    parameters: Parameters | Iterable[str] | None = None,
     sub_blocks: int | Mapping[str, int] | None = None,
     memory_budget: int | None = None,
     output_axis: int | None = None,
@@ -47,7 +47,7 @@ def hessian_products(
         likelihood: of targets given outputs.
         data: batches `(inputs, targets)` or `(inputs, targets, weights)`, a list or a data loader that does not change.
         mode: "hessian", "ggn", "pch-abs" or "pch-clip".
-        parameters: the weights, all trainable ones by default.
+        parameters: the weights, or names of parameters or modules; all trainable ones by default.
         sub_blocks: cut each parameter along its first axis into so many blocks, for all or by name.
         memory_budget: bytes that the activations of the data may take; beyond it they are computed for each product.
         output_axis: the axis of classes in the outputs.
@@ -76,7 +76,7 @@ def hessian_products(
             "time. Give a list of batches or a data loader."
         )
     chosen = mode_of(mode)
-    parameters = Parameters.of(model) if parameters is None else parameters
+    parameters = Parameters.selected(model, parameters)
     parameters.check_finite()
     budget = default_budget(parameters.device) if memory_budget is None else memory_budget
     parts = parts_of({n: p.shape for n, p in zip(parameters.names, parameters.tensors, strict=True)}, sub_blocks)
@@ -194,7 +194,8 @@ class BlockProducts(MatrixFree):
         for number, batch in enumerate(self.data):
             x, y, weights = unpack(batch, number)
             device = self.parameters.device
-            yield self.tracer(to_device(x, device), to_device(y, device), weights)
+            x, y = map_tensors(torch.clone, (to_device(x, device), to_device(y, device)))  # a loader may reuse its own
+            yield self.tracer(x, y, weights)
 
     def _current(self) -> tuple[int, ...]:
         return tuple(p._version for p in self.tracer.model.parameters())

@@ -49,7 +49,7 @@ def hessian_diagonal(
     likelihood: Likelihood,
     data: Iterable[Any],
     *,
-    parameters: Parameters | None = None,
+    parameters: Parameters | Iterable[str] | None = None,
     memory_budget: int | None = None,
     forward_fn: ForwardFunction | None = None,
     output_axis: int | None = None,
@@ -67,7 +67,7 @@ def hessian_diagonal(
         model: any network whose operations can be differentiated twice; it is given back as it was.
         likelihood: of targets given outputs.
         data: batches `(inputs, targets)` or `(inputs, targets, weights)`.
-        parameters: the weights, all trainable ones by default.
+        parameters: the weights, or names of parameters or modules; all trainable ones by default.
         memory_budget: bytes that intermediates may take.
         forward_fn: `forward_fn(model, inputs)` to be called instead of the model.
         output_axis: the axis of classes or channels in the outputs.
@@ -89,7 +89,7 @@ def hessian_diagonal(
     Reference:
         Dangel, Backpropagation Beyond the Gradient, appendix B.1.3, has the diagonal for sequential networks.
     """
-    parameters = Parameters.of(model) if parameters is None else parameters
+    parameters = Parameters.selected(model, parameters)
     parameters.check_finite()
     sums = {
         n: torch.zeros_like(summable(p.detach())) for n, p in zip(parameters.names, parameters.tensors, strict=True)

@@ -82,14 +82,14 @@ class ProductRoute(OutputRoute):
             mine = which[:, 1].div(outputs, rounding_mode="floor") == group
             t, unit = which[mine, 0], which[mine, 1] % outputs
             _, positions, _, inputs = self.jacobian.a.shape
-            for part in self.jacobian._parts((len(t) + positions) * inputs):
+            for part in self.jacobian.parts((len(t) + positions) * inputs):
                 a = self.jacobian.a[part][:, :, group]  # (n, T, I)
                 there = torch.einsum("knt,nti->kni", rows[mine][:, part].to(a.dtype), a)
                 total[group].index_add_(0, unit, torch.einsum("kni,nki->ki", there, a[:, t]))
 
     def in_weight(self, total: Tensor, weight: Tensor) -> Tensor:
         """See `OutputRoute.in_weight`."""
-        return self.jacobian._as_vector(total).view(weight.shape)
+        return self.jacobian.as_vector(total).view(weight.shape)
 
 
 @final

@@ -15,7 +15,7 @@ from lapkit.curvature.hessian.hbp_chain import Stage
 from lapkit.curvature.hessian.hbp_modes import mode_of
 from lapkit.curvature.hessian.hbp_propagation import ModuleLink
 from lapkit.curvature.hessian.hbp_trace import Tracer
-from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
+from lapkit.curvature.jacobians.jacobian import LayerJacobian, averaged, summable
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
@@ -31,7 +31,7 @@ def kfra(
     likelihood: Likelihood,
     data: Iterable[Any],
     *,
-    parameters: Parameters | None = None,
+    parameters: Parameters | Iterable[str] | None = None,
     memory_budget: int | None = None,
     output_axis: int | None = None,
 ) -> BlockDiagonal:
@@ -45,7 +45,7 @@ def kfra(
         model: a chain of modules; it is given back as it was.
         likelihood: of targets given outputs.
         data: batches `(inputs, targets)` that can be gone through several times, once for each module.
-        parameters: the weights, all trainable ones by default.
+        parameters: the weights, or names of parameters or modules; all trainable ones by default.
         memory_budget: bytes that intermediates may take; an `(h, h)` matrix between two modules must fit.
         output_axis: the axis of classes in the outputs.
 
@@ -67,7 +67,7 @@ def kfra(
         Botev, Ritter and Barber, Practical Gauss-Newton optimisation for deep learning, 2017; Dangel, Backpropagation
         Beyond the Gradient, eq. (B.17).
     """
-    parameters = Parameters.of(model) if parameters is None else parameters
+    parameters = Parameters.selected(model, parameters)
     parameters.check_finite()
     budget = default_budget(parameters.device) if memory_budget is None else memory_budget
     found: dict[str, SymmetricOperator] = {}
@@ -117,7 +117,7 @@ class _Factors:
         self.kronecker, self.transposed = kronecker, False
         self.outputs: Tensor | None = None
         self.inputs: Tensor | None = None
-        self.count: float = 0
+        self.count: float | Tensor = 0.0
 
     def add(self, jacobian: LayerJacobian, *, first: bool) -> None:
         """Take the Jacobian of some columns of some examples; inputs are the same for all columns."""
@@ -126,7 +126,7 @@ class _Factors:
         if first and self.kronecker:
             inputs, count = jacobian.input_moment()
             self.inputs = inputs if self.inputs is None else self.inputs + inputs
-            self.count += count
+            self.count = self.count + count
             self.transposed = jacobian.transposed
 
     def operator(self) -> SymmetricOperator:
@@ -134,5 +134,5 @@ class _Factors:
         assert self.outputs is not None  # a module with weights was passed
         if self.inputs is None:
             return Dense(self.outputs)
-        a = self.inputs / self.count
+        a = averaged(self.inputs, self.count)
         return KroneckerProduct(a, self.outputs) if self.transposed else KroneckerProduct(self.outputs, a)

@@ -17,6 +17,19 @@ def summable(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def averaged(moment: Tensor, count: float | Tensor) -> Tensor:
+    """`LayerJacobian.input_moment` divided: A; zero for a group without positions, whose B is zero, too.
+
+    Args:
+        moment: `(G, I, I)` or `(G, I)`.
+        count: of all groups, or of each, `(G,)`.
+    """
+    number = torch.as_tensor(count)
+    if number.ndim:
+        number = number.to(moment).reshape(-1, *[1] * (moment.ndim - 1))
+    return moment / torch.where(number > 0, number, 1)
+
+
 class Jacobian(ABC):
     """`J[k, n]`: the derivative of column k of example n with respect to P weights, kept in whatever form is small.
 
@@ -89,11 +102,12 @@ class LayerJacobian(Jacobian):
         """The cotangent `(K, N, O)` if B is its second moment and nothing else, so that two parameters can share it."""
 
     @abstractmethod
-    def input_moment(self, weights: Tensor | None = None) -> tuple[Tensor, float]:
+    def input_moment(self, weights: Tensor | None = None) -> tuple[Tensor, float | Tensor]:
         """`sum_{n,t} w a a^T`, `(G, I, I)`, and the number of examples and positions summed, `sum_{n,t} w`.
 
-        The same for all columns. Only its diagonal `(G, I)` where it has no other entries. Weights `(N,)` of examples
-        are one by default.
+        The number is that of each group, `(G,)` in double precision, where groups see positions of their own. Both are
+        the same for all columns. Only the diagonal `(G, I)` where the moment has no other entries. Weights `(N,)` of
+        examples are one by default.
         """
 
     def single_position(self) -> tuple[Tensor, Tensor] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from lapkit.curvature.memory import chunk_length
 
 # On a CPU an intermediate that is read again at once is best kept within the cache; measured, two to four times faster.
 CACHE = 2**22
+# What it costs to write a number out, multiply and add it up, in multiplications of a matrix product; measured.
+WRITTEN = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,8 +47,15 @@ class OuterProduct(LayerJacobian):
         groups, inputs = self.a.shape[2:]
         return self.g.shape[0], self.g.shape[1], groups * self.g.shape[-1] * inputs
 
-    def _as_vector(self, matrix: Tensor) -> Tensor:
-        """`(*, G, O, I)` as the weight stores it, `(*, P)`."""
+    def as_vector(self, matrix: Tensor) -> Tensor:
+        """Matrices in the flat order of the weight.
+
+        Args:
+            matrix: `(*, G, O, I)`.
+
+        Returns:
+            `(*, P)`.
+        """
         return (matrix.mT if self.transposed else matrix).flatten(-3)
 
     def _as_matrix(self, vector: Tensor) -> Tensor:
@@ -65,8 +75,16 @@ class OuterProduct(LayerJacobian):
         """What went in, all of it."""
         return self.a if isinstance(self.a, Tensor) else self.a[:]
 
-    def _parts(self, numbers: int, *, cached: bool = True) -> Iterator[slice]:
-        """Slices of examples, of which an intermediate with so many numbers each stays inside the budget."""
+    def parts(self, numbers: int, *, cached: bool = True) -> Iterator[slice]:
+        """Slices of examples, of which an intermediate stays inside the budget.
+
+        Args:
+            numbers: how many the intermediate has for each example.
+            cached: on a CPU, keep it within the processor's cache as well.
+
+        Yields:
+            Consecutive slices, at least one example each.
+        """
         examples = self.a.shape[0]
         limit = min(self.budget, CACHE) if cached and self.g.device.type == "cpu" else self.budget
         step = chunk_length(examples, numbers * self.g.element_size(), limit)
@@ -75,7 +93,7 @@ class OuterProduct(LayerJacobian):
     def _expanded(self, extra: int = 1) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of examples of the expanded Jacobian, `(n, G, K, O, I)`, each `extra` times inside the budget."""
         columns, _, size = self.shape
-        for part in self._parts(extra * columns * size):
+        for part in self.parts(extra * columns * size):
             g = self.g[:, part].permute(1, 3, 0, 4, 2).flatten(2, 3)  # (n, G, K O, T)
             a = self.a[part].permute(0, 2, 1, 3)  # (n, G, T, I)
             yield part, (g @ a).unflatten(2, (columns, -1))
@@ -83,7 +101,7 @@ class OuterProduct(LayerJacobian):
     def _pairs(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of examples of the products of inputs at pairs of positions, `(n, G, T, T, I)`."""
         _, positions, groups, inputs = self.a.shape
-        for part in self._parts(positions**2 * groups * inputs):
+        for part in self.parts(positions**2 * groups * inputs):
             a = self.a[part].transpose(1, 2)  # (n, G, T, I)
             yield part, a[:, :, :, None] * a[:, :, None]
 
@@ -96,13 +114,13 @@ class OuterProduct(LayerJacobian):
     def to_dense(self) -> Tensor:
         """See `Jacobian.to_dense`."""
         expanded = torch.einsum("kntgo,ntgi->kngoi", self.g, self._whole)
-        return self._as_vector(expanded)
+        return self.as_vector(expanded)
 
     def square_sum(self) -> Tensor:
         """`(sum_k g^2)^T a^2` for one position: the columns never enter the matrix product."""
         if self.a.shape[1] == 1:
             g, a = self.g[:, :, 0].square().sum(0), self._whole[:, 0].square()
-            return self._as_vector(torch.einsum("ngo,ngi->goi", g, a))
+            return self.as_vector(torch.einsum("ngo,ngi->goi", g, a))
         inputs, columns, outputs = self.a.shape[3], self.g.shape[0], self.g.shape[-1]
         total = self.g.new_zeros(self.a.shape[2], outputs, inputs)
         if self._pairs_are_cheaper(outputs * (columns + inputs), 1):
@@ -113,14 +131,14 @@ class OuterProduct(LayerJacobian):
         else:
             for _, expanded in self._expanded():
                 total += expanded.square().sum((0, 2))
-        return self._as_vector(total)
+        return self.as_vector(total)
 
     def squares(self) -> Tensor:
         """`(sum_k g^2) (x) a^2` for one position; else from the expanded Jacobian, a few examples at a time."""
         if self.a.shape[1] == 1:
             g, a = self.g[:, :, 0].square().sum(0), self._whole[:, 0].square()
-            return self._as_vector(torch.einsum("ngo,ngi->ngoi", g, a))
-        return torch.cat([self._as_vector(expanded.square().sum(2)) for _, expanded in self._expanded()])
+            return self.as_vector(torch.einsum("ngo,ngi->ngoi", g, a))
+        return torch.cat([self.as_vector(expanded.square().sum(2)) for _, expanded in self._expanded()])
 
     def square_norms(self) -> Tensor:
         """`|g|^2 |a|^2` for one position; else products of pairs of positions, or the expanded Jacobian."""
@@ -131,7 +149,7 @@ class OuterProduct(LayerJacobian):
         out = self.g.new_empty(columns, examples)
         outputs = self.g.shape[-1]
         if positions * (inputs + columns * outputs) < columns * outputs * inputs:
-            for part in self._parts((1 + columns) * groups * positions**2):
+            for part in self.parts((1 + columns) * groups * positions**2):
                 a, g = self.a[part].transpose(1, 2), self.g[:, part].transpose(2, 3)  # (n, G, T, I), (K, n, G, T, O)
                 out[:, part] = ((g @ g.mT) * (a @ a.mT)).sum((2, 3, 4)).clamp_min(0)
             return out
@@ -163,6 +181,8 @@ class OuterProduct(LayerJacobian):
     def gram(self) -> Tensor:
         """The Hadamard product of two small Gram matrices for one position and one group.
 
+        With more, the sum of such products over pairs of positions, or the expanded Jacobian, some outputs at a time.
+
         Reference:
             Dangel et al., ViViT, appendix C.1.
         """
@@ -170,14 +190,49 @@ class OuterProduct(LayerJacobian):
             a, g = self._whole[:, 0, 0], self.g[:, :, 0, 0]
             return torch.einsum("kno,lmo->knlm", g, g) * (a @ a.T)[None, :, None, :]
         columns, examples, _ = self.shape
-        rows = self.to_dense().flatten(0, 1)
-        return (rows @ rows.T).reshape(columns, examples, columns, examples)
+        positions, _, inputs = self.a.shape[1:]
+        rows, outputs = columns * examples, self.g.shape[-1]
+        by_pairs = positions**2 * (rows**2 * (outputs + WRITTEN) + examples**2 * inputs)
+        by_rows = rows * outputs * inputs * (positions + rows)
+        return self._gram_of_pairs() if by_pairs < by_rows else self._gram_of_rows()
+
+    def _gram_of_pairs(self) -> Tensor:
+        """`sum_{s,t} (g_s . g_t) (a_s . a_t)`, for some examples with some others at a time; a half and its mirror."""
+        columns, examples, _ = self.shape
+        out = self.g.new_empty(columns, examples, columns, examples)
+        positions, groups = self.a.shape[1:3]
+        each = 2 * groups * (columns * positions) ** 2 * self.g.element_size()
+        step = math.isqrt(chunk_length(examples**2, each, self.budget))
+        parts = [slice(start, min(start + step, examples)) for start in range(0, examples, step)]
+        for i, one in enumerate(parts):
+            for two in parts[: i + 1]:
+                g, h = (self.g[:, part].permute(3, 0, 1, 2, 4) for part in (one, two))  # (G, K, n, T, O)
+                a, b = (self.a[part].permute(2, 0, 1, 3) for part in (one, two))  # (G, n, T, I)
+                products = (g.flatten(1, 3) @ h.flatten(1, 3).mT).unflatten(2, h.shape[1:4]).unflatten(1, g.shape[1:4])
+                inner = (a.flatten(1, 2) @ b.flatten(1, 2).mT).unflatten(2, b.shape[1:3]).unflatten(1, a.shape[1:3])
+                products *= inner[:, None, :, :, None]
+                block = products.sum(-1).sum((0, 3))
+                out[:, one, :, two], out[:, two, :, one] = block, block.permute(2, 3, 0, 1)
+        return out
+
+    def _gram_of_rows(self) -> Tensor:
+        """From the expanded Jacobian, of which some outputs at a time are made."""
+        columns, examples, _ = self.shape
+        groups, inputs = self.a.shape[2:]
+        out = self.g.new_zeros(columns * examples, columns * examples)
+        each = 2 * columns * examples * groups * inputs * self.g.element_size()
+        for g in self.g.split(chunk_length(self.g.shape[-1], each, self.budget), dim=-1):
+            parts = self.parts(self.a.shape[1:].numel() + columns * groups * g.shape[-1] * inputs, cached=False)
+            pieces = [torch.einsum("kntgo,ntgi->kngoi", g[:, part], self.a[part]) for part in parts]
+            rows = torch.cat(pieces, dim=1).flatten(2).flatten(0, 1)
+            out += rows @ rows.T
+        return out.view(columns, examples, columns, examples)
 
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
         matrix = self._as_matrix(vectors)  # (G, O, I, R)
         out = self.g.new_empty(*self.shape[:2], vectors.shape[1])
-        for part in self._parts(self.a.shape[1] * matrix[:, :, 0].numel()):
+        for part in self.parts(self.a.shape[1] * matrix[:, :, 0].numel()):
             mapped = torch.einsum("ntgi,goir->ntgor", self.a[part], matrix)
             out[:, part] = torch.einsum("kntgo,ntgor->knr", self.g[:, part], mapped)
         return out
@@ -186,9 +241,9 @@ class OuterProduct(LayerJacobian):
         """See `Jacobian.pull_back`."""
         g = torch.einsum("kn,kntgo->ntgo", cotangent, self.g)
         total = self.g.new_zeros(g.shape[2], g.shape[3], self.a.shape[3])
-        for part in self._parts(self.a.shape[1:].numel(), cached=False):
+        for part in self.parts(self.a.shape[1:].numel(), cached=False):
             total += torch.einsum("ntgo,ntgi->goi", g[part], self.a[part])
-        return self._as_vector(total)
+        return self.as_vector(total)
 
     def block(self) -> Tensor:
         """One product without the factor K for one position: `sum_n (g g^T)_n (x) (a a^T)_n`."""
@@ -227,7 +282,7 @@ class OuterProduct(LayerJacobian):
             self._check_unpadded("of weighted examples")
         total = self.g.new_zeros(groups, inputs, inputs)
         roots = self.g.new_ones(examples) if weights is None else weights.to(self.g).sqrt()
-        for part in self._parts(self.a.shape[1:].numel(), cached=False):
+        for part in self.parts(self.a.shape[1:].numel(), cached=False):
             total += _second_moment((roots[part, None, None, None] * self.a[part]).flatten(0, 1))
         count = float(examples if weights is None else weights.sum())
         return total, positions * count if self.rows is None else self.rows
@@ -239,7 +294,7 @@ class OuterProduct(LayerJacobian):
             ValueError: if some positions are only padding.
         """
         self._check_unpadded("in the reduce setting")
-        means = [self.a[part].mean(1, keepdim=True) for part in self._parts(self.a.shape[1:].numel(), cached=False)]
+        means = [self.a[part].mean(1, keepdim=True) for part in self.parts(self.a.shape[1:].numel(), cached=False)]
         return OuterProduct(torch.cat(means), self.g.sum(2, keepdim=True), self.transposed, self.budget)
 
     def _check_unpadded(self, what: str) -> None:

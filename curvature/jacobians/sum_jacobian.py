@@ -12,6 +12,7 @@ from torch import Tensor
 from lapkit.curvature.jacobians.embedding import EmbeddingJacobian, read_together
 from lapkit.curvature.jacobians.jacobian import DENSE_LIMIT, DenseJacobian, Jacobian, LayerJacobian
 from lapkit.curvature.jacobians.outer_product import OuterProduct, concatenated
+from lapkit.curvature.jacobians.routed import RoutedJacobian, gathered
 from lapkit.curvature.jacobians.tied import TiedJacobian
 from lapkit.curvature.memory import chunk_length
 
@@ -34,11 +35,14 @@ def combined(uses: Sequence[LayerJacobian]) -> LayerJacobian:
     for use in uses:
         if isinstance(use, OuterProduct):
             products.setdefault((use.a.shape[2:], use.g.shape[3:], use.transposed), []).append(use)
-    parts: list[OuterProduct | EmbeddingJacobian] = [concatenated(same) for same in products.values()]
+    parts: list[OuterProduct | EmbeddingJacobian | RoutedJacobian] = [concatenated(same) for same in products.values()]
+    for transposed in (False, True):
+        routed = [use for use in uses if isinstance(use, RoutedJacobian) and use.transposed == transposed]
+        parts += [gathered(routed)] if routed else []
     tables = [use for use in uses if isinstance(use, EmbeddingJacobian)]
     if tables:
         parts.append(read_together(tables))
-    others = [use for use in uses if not isinstance(use, OuterProduct | EmbeddingJacobian)]
+    others = [use for use in uses if not isinstance(use, OuterProduct | EmbeddingJacobian | RoutedJacobian)]
     if others:
         return DenseJacobian(_added(use.to_dense() for use in (*others, *parts)))
     if len(parts) == 1:
@@ -71,7 +75,7 @@ class SumJacobian(LayerJacobian):
         parts: Jacobians of the same weights.
     """
 
-    parts: tuple[OuterProduct | EmbeddingJacobian, ...]
+    parts: tuple[OuterProduct | EmbeddingJacobian | RoutedJacobian, ...]
 
     @property
     def shape(self) -> tuple[int, int, int]:

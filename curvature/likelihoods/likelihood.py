@@ -136,11 +136,14 @@ class Likelihood(ABC):
 
     @abstractmethod
     def expectation(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """`E[y]` for Gaussian outputs `f ~ N(mean, covariance)`, `(N, C)`: probabilities or means."""
+        """`E[y]` for Gaussian outputs `f ~ N(mean, covariance)`: probabilities or means.
+
+        Means of f are `(N, C)` or `(N, T, C)`, covariances `(N, C, C)` or `(N, T, C, C)`.
+        """
 
     @abstractmethod
     def predictive(self, mean: Tensor, covariance: Tensor) -> Distribution:
-        """`p(y)` for Gaussian outputs `f ~ N(mean, covariance)`, `(N, C)` and `(N, C, C)`."""
+        """`p(y)` for Gaussian outputs `f ~ N(mean, covariance)`, of shapes as for `expectation`."""
 
     @property
     def precision(self) -> Tensor | float:

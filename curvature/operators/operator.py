@@ -146,6 +146,10 @@ class SymmetricOperator(ABC):
         """
         return self._columns(self._matmul, vectors)
 
+    def __matmul__(self, vectors: Tensor) -> Tensor:
+        """`A @ v`; see `matmul`."""
+        return self.matmul(vectors)
+
     def inverse_root(self, vectors: Tensor) -> Tensor:
         """`R v`, where `R^T R = A^{-1}`.
 

@@ -15,7 +15,8 @@ from lapkit.curvature.capture.forward import ForwardFunction
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.memory import chunk_length, default_budget
 from lapkit.curvature.parameters import Parameters, borrowed
-from lapkit.curvature.products.linearised import Linearised, Restricted
+from lapkit.curvature.products.forward_mode import ForwardMode
+from lapkit.curvature.products.linearised import Linearised, Push, Restricted
 from lapkit.curvature.products.matrix_free import MatrixFree
 from lapkit.curvature.products.passes import Batch, Pass
 from lapkit.curvature.products.vectors import CACHE, Passage, Vectors, bytes_each, twice_differentiable
@@ -54,7 +55,7 @@ class DataProduct(MatrixFree):
     likelihood: Likelihood
     data: Iterable[Any]
     _: KW_ONLY
-    parameters: Parameters | None = None
+    parameters: Parameters | Iterable[str] | None = None
     blocks: bool | Sequence[Sequence[str]] = False
     forward_fn: ForwardFunction | None = None
     output_axis: int | None = None
@@ -73,19 +74,28 @@ class DataProduct(MatrixFree):
         if self.check:
             with borrowed(self.model, chosen), twice_differentiable(self.model):
                 self._pass.check_repeatable()
+                self._pass.check_examples_apart()
                 self._check_derivatives(next(iter(self._pass)))
 
     @abstractmethod
-    def _prepare(self, batch: Batch) -> Restricted:
-        """The product of one batch, ready for any number of vectors."""
+    def _prepare(self, batch: Batch, count: int) -> Restricted:
+        """The product of one batch, ready for vectors, of which there will be so many."""
 
     def _check_derivatives(self, batch: Batch) -> None:
         Linearised(batch.output, self.chosen).check()
 
     @cached_property
+    def _forward_mode(self) -> ForwardMode:
+        return ForwardMode(self.chosen)
+
+    def _pushed(self, batch: Batch, count: int) -> Push | None:
+        """`J v` of a batch in forward mode, where that pays; a graph serves several blocks, a pass forward only one."""
+        return self._forward_mode.push(batch, count) if len(self._groups) == 1 else None
+
+    @cached_property
     def chosen(self) -> Parameters:
         """The parameters whose curvature it is."""
-        return Parameters.of(self.model) if self.parameters is None else self.parameters
+        return Parameters.selected(self.model, self.parameters)
 
     @cached_property
     def _groups(self) -> Groups:
@@ -118,7 +128,8 @@ class DataProduct(MatrixFree):
         rows = vectors.T.contiguous()
         tensors = self.chosen.tensors
         parts = tuple(v.to(t.dtype) for v, t in zip(self.chosen.split(rows).values(), tensors, strict=True))
-        totals = tuple(torch.zeros((len(rows), *t.shape), dtype=self.dtype, device=self.device) for t in tensors)
+        total = torch.zeros_like(rows)
+        totals = tuple(self.chosen.split(total).values())
         budget = default_budget(self.device) if self.memory_budget is None else self.memory_budget
         passage, chunk = Passage(budget), 1
         with borrowed(self.model, self.chosen), twice_differentiable(self.model):
@@ -127,8 +138,9 @@ class DataProduct(MatrixFree):
                     each = bytes_each(batch.output, self.chosen)
                     chunk = chunk_length(len(rows), each, budget)
                     passage.together = self.device.type != "cpu" or each <= CACHE
-                self._add(totals, self._prepare(batch), parts, passage, chunk, verify=number == 0)
-        return torch.cat([t.reshape(len(rows), -1) for t in totals], dim=1).T
+                product = self._prepare(batch, len(rows))
+                self._add(totals, product, parts, passage, chunk, verify=number == 0)
+        return total.T
 
     def _add(
         self, totals: Vectors, product: Restricted, parts: Vectors, passage: Passage, chunk: int, *, verify: bool
@@ -137,11 +149,8 @@ class DataProduct(MatrixFree):
         for group in self._groups:
             for start in range(0, len(parts[0]), chunk):
                 here = slice(start, start + chunk)
-                found = passage(
-                    partial(product, group), tuple(parts[i][here] for i in group), verify=verify and start == 0
-                )
-                for i, f in zip(group, found, strict=True):
-                    totals[i][here] += f
+                given, sums = (tuple(tensors[i][here] for i in group) for tensors in (parts, totals))
+                passage.add(partial(product, group), given, sums, verify=verify and start == 0)
 
 
 def grouped(parameters: Parameters, groups: Iterable[Iterable[str]]) -> Groups:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.products.vectors import NotTwiceDifferentiable, Vectors, differentiated, pulled_back
+from lapkit.curvature.products.vectors import (
+    NotTwiceDifferentiable,
+    Vectors,
+    differentiated,
+    pulled_back,
+    random_vectors,
+)
 
+Push = Callable[[Vectors], Tensor]  # J v, of a change of all parameters
 Restricted = Callable[[Sequence[int], Vectors], Vectors]  # a product with one vector, over some of the parameters
 
 WRONG = (
@@ -24,24 +32,38 @@ class Linearised:
     """The Jacobian J of a batch's outputs.
 
     `J v` is the derivative in u of `J^T u`, which is linear in u: its graph is built once and serves all vectors, and
-    no operation needs a rule for forward mode.
+    no operation needs a rule for forward mode. Where another way is cheaper it is given.
 
     Args:
         output: `(N, *, C)`, with its graph.
         parameters: the weights.
-
-    Raises:
-        NotTwiceDifferentiable: if an operation has no second derivative.
+        push: `J v` by other means, for a change of all the parameters.
     """
 
-    def __init__(self, output: Tensor, parameters: Parameters) -> None:
-        self.output, self.tensors = output, parameters.tensors
-        self.cotangent = torch.zeros_like(output, requires_grad=True)
-        self.transposed = differentiated(output, self.tensors, self.cotangent)
+    def __init__(self, output: Tensor, parameters: Parameters, push: Push | None = None) -> None:
+        self.output, self.tensors, self._push = output, parameters.tensors, push
+
+    @cached_property
+    def _adjoint(self) -> tuple[Tensor, Vectors]:
+        """U and `J^T u`, with its graph."""
+        cotangent = torch.zeros_like(self.output, requires_grad=True)
+        return cotangent, differentiated(self.output, self.tensors, cotangent)
+
+    def prepare(self) -> None:
+        """Build the graph of `J^T u` if it is needed; it cannot be built while vectors are mapped over.
+
+        Raises:
+            NotTwiceDifferentiable: if an operation has no second derivative.
+        """
+        if self._push is None:
+            self._adjoint  # noqa: B018
 
     def push(self, group: Sequence[int], vector: Vectors) -> Tensor:
         """`J v` for a change of some of the parameters, in the shape of the outputs."""
-        return pulled_back([self.transposed[i] for i in group], [self.cotangent], vector)[0]
+        if self._push is not None and len(group) == len(self.tensors):
+            return self._push(vector)
+        cotangent, transposed = self._adjoint
+        return pulled_back([transposed[i] for i in group], [cotangent], vector)[0]
 
     def pull(self, group: Sequence[int], cotangent: Tensor) -> Vectors:
         """`J^T u`, those parameters' part of it."""
@@ -54,7 +76,7 @@ class Linearised:
             NotTwiceDifferentiable: if they differ.
         """
         everything = range(len(self.tensors))
-        u, *v = _random([self.output, *self.tensors])
+        u, *v = random_vectors([self.output, *self.tensors])
         pushed, pulled = self.push(everything, tuple(v)), self.pull(everything, u)
         scale = _norm([u]) * _norm([pushed]) + _norm(pulled) * _norm(v)
         _refuse("u^T (J v) and (J^T u)^T v", _dot([u], [pushed]) - _dot(pulled, v), scale)
@@ -67,7 +89,7 @@ def check_symmetric(product: Restricted, parameters: Parameters) -> None:
         NotTwiceDifferentiable: if they differ.
     """
     everything = range(len(parameters.tensors))
-    vectors = _random([*parameters.tensors, *parameters.tensors])
+    vectors = random_vectors([*parameters.tensors, *parameters.tensors])
     a, b = vectors[: len(everything)], vectors[len(everything) :]
     ha, hb = product(everything, a), product(everything, b)
     scale = _norm(a) * _norm(hb) + _norm(b) * _norm(ha)
@@ -77,12 +99,6 @@ def check_symmetric(product: Restricted, parameters: Parameters) -> None:
 def _refuse(measure: str, difference: Tensor, scale: Tensor) -> None:
     if not difference.abs() <= torch.finfo(difference.dtype).eps ** 0.5 * scale:
         raise NotTwiceDifferentiable(WRONG.format(measure=measure, error=float(difference.abs() / scale)))
-
-
-def _random(like: Sequence[Tensor]) -> Vectors:
-    """Normal numbers that leave torch's own generators alone."""
-    generator = torch.Generator(like[0].device).manual_seed(0)
-    return tuple(torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in like)
 
 
 def _dot(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:

@@ -49,7 +49,8 @@ class MatrixFree(ABC):
             )
         if vectors.dtype != self.dtype:
             raise TypeError(f"Expected vectors of type {self.dtype}, got {vectors.dtype}: convert them with .to().")
-        if not torch.isfinite(vectors).all():
+        # A sum, which is read in one pass, may overflow, but never is finite where a term is not.
+        if not torch.isfinite(vectors.sum()) and not torch.isfinite(vectors).all():
             raise ValueError("The vectors hold NaN or infinite values.")
         if vectors.ndim == 1:
             return self._matmul(vectors[:, None])[:, 0]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from lapkit.curvature.accumulate import EMPTY
 from lapkit.curvature.capture.forward import ForwardFunction, forward
+from lapkit.curvature.capture.self_check import check_examples_apart
 from lapkit.curvature.columns.sampling import Draws, example_keys
 from lapkit.curvature.inputs import to_device, unpack
 from lapkit.curvature.jacobians.jacobian import summable
@@ -27,12 +29,16 @@ class Batch:
         y: checked targets.
         weights: of the examples, `(N,)`, or None for ones.
         raw: inputs and targets as they came, and how many examples came before, which tell the examples apart.
+        model: the network.
+        run: its forward pass over this batch, or others given as `x`.
     """
 
     output: Tensor
     y: Tensor
     weights: Tensor | None
     raw: tuple[Any, Any, int]
+    model: nn.Module
+    run: Callable[..., Tensor]
 
     @property
     def f(self) -> Tensor:
@@ -91,13 +97,15 @@ class Pass:
     def _forward(self, batch: Any, number: int, count: int) -> Batch:
         x, y, weights = unpack(batch, number)
         device = self.parameters.device
-        output = forward(
-            unwrapped(self.model),
-            to_device(x, device),
-            self.parameters,
+        model = unwrapped(self.model)
+        run = partial(
+            forward,
+            x=to_device(x, device),
+            parameters=self.parameters,
             forward_fn=self.forward_fn,
             output_axis=self.output_axis,
         )
+        output = run(model)
         if torch.is_grad_enabled() and not output.requires_grad:
             raise ValueError(
                 f"The model's output does not depend on the selected parameters {list(self.parameters.names)}: it was "
@@ -107,7 +115,7 @@ class Pass:
         if weights is not None and len(weights) != len(f):
             raise ValueError(f"Got {len(weights)} weights for a batch of {len(f)} examples: one weight an example.")
         checked = self.likelihood.check(f, y, self.output_axis)
-        return Batch(output, checked, None if weights is None else weights.detach().to(f), (x, y, count))
+        return Batch(output, checked, None if weights is None else weights.detach().to(f), (x, y, count), model, run)
 
     def check_repeatable(self) -> None:
         """Compare the losses of two passes.
@@ -124,6 +132,16 @@ class Pass:
                 f"{again[0]} with {again[1]:.8g}. A product must see the same examples each time: leave out random "
                 "augmentation, noise in the model and drop_last with shuffling. check=False skips this test."
             )
+
+    def check_examples_apart(self) -> None:
+        """Look at the first batch with more than one example, or the first.
+
+        Raises:
+            ValueError: if the outputs of an example depend on which others stand in the batch.
+        """
+        batch = next((b for b in self if len(b.output) > 1), None) or next(iter(self))
+        x = to_device(batch.raw[0], self.parameters.device)
+        check_examples_apart(batch.model, x, batch.output, lambda other: batch.run(batch.model, x=other))
 
     def _summary(self) -> tuple[int, float, float]:
         """The number of examples, the sum of their losses and that of the losses' magnitudes."""

@@ -1,7 +1,7 @@
 """Curvature of a data set as a matrix that is only multiplied by: GGN, Fisher, empirical Fisher and Hessian.
 
 Nothing of the size of the matrix is ever formed, so the number of weights does not matter. Each batch's graph is built
-once and serves all vectors. A product with the GGN costs `J v` and `J^T w`, two backward passes without the forward.
+once and serves all vectors. A product with the GGN costs `J v` and `J^T w`, about a gradient without the forward pass.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lapkit.curvature.columns.random_columns import MonteCarloGGN
 from lapkit.curvature.columns.sampling import seed_from
 from lapkit.curvature.parameters import Parameters
 from lapkit.curvature.products.data_product import DataProduct
-from lapkit.curvature.products.linearised import Linearised, Restricted, check_symmetric
+from lapkit.curvature.products.linearised import Linearised, Push, Restricted, check_symmetric
 from lapkit.curvature.products.passes import Batch
 from lapkit.curvature.products.vectors import Vectors, differentiated, pulled_back
 
@@ -30,7 +30,7 @@ from lapkit.curvature.products.vectors import Vectors, differentiated, pulled_ba
 class GGNProduct(DataProduct):
     """The generalised Gauss-Newton, for most likelihoods the Fisher: `sum_n J_n^T (d^2 loss / df^2)_n J_n`.
 
-    Arguments as for `DataProduct`.
+    Arguments as for `lapkit.curvature.products.data_product.DataProduct`.
 
     Example:
         >>> import torch
@@ -45,8 +45,9 @@ class GGNProduct(DataProduct):
         Backpropagation Beyond the Gradient, eq. (3.15b).
     """
 
-    def _prepare(self, batch: Batch) -> Restricted:
-        return gauss_newton(batch, self.chosen, partial(self.likelihood.hessian_product, batch.f, batch.y))
+    def _prepare(self, batch: Batch, count: int) -> Restricted:
+        middle = partial(self.likelihood.hessian_product, batch.f, batch.y)
+        return gauss_newton(batch, self.chosen, middle, self._pushed(batch, count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,14 +58,14 @@ class _OuterProducts(DataProduct):
     @abstractmethod
     def _columns(self) -> Columns: ...
 
-    def _prepare(self, batch: Batch) -> Restricted:
+    def _prepare(self, batch: Batch, count: int) -> Restricted:
         columns = self._columns(self.likelihood, batch.f, batch.y, batch.draws)[:].flatten(2)  # (K, N, T C)
 
         def outer(vector: Tensor) -> Tensor:
             coefficients = (columns * vector.flatten(1)).sum(-1, keepdim=True)
             return (columns * coefficients).sum(0).reshape(vector.shape)
 
-        return gauss_newton(batch, self.chosen, outer)
+        return gauss_newton(batch, self.chosen, outer, self._pushed(batch, count))
 
 
 @final
@@ -119,15 +120,19 @@ class EmpiricalFisherProduct(_OuterProducts):
 class HessianProduct(DataProduct):
     """The Hessian of the loss, `sum_n d^2 loss_n / d theta^2`, which may be indefinite; arguments as for `DataProduct`.
 
+    It is the gradient of `g^T v`. The change of g in forward mode was measured and is not cheaper: in gradients, for
+    each vector and without what serves them all, 1.5 against 1.4 for 3c3d, 2.2 against 1.3 for an MLP and 2.2 against
+    2.0 for a transformer.
+
     Reference:
         Pearlmutter, Fast exact multiplication by the Hessian, 1994.
     """
 
     def _check_derivatives(self, batch: Batch) -> None:
         super()._check_derivatives(batch)
-        check_symmetric(self._prepare(batch), self.chosen)
+        check_symmetric(self._prepare(batch, 2), self.chosen)
 
-    def _prepare(self, batch: Batch) -> Restricted:
+    def _prepare(self, batch: Batch, count: int) -> Restricted:
         tensors = self.chosen.tensors
         gradients = differentiated(batch.losses(self.likelihood).sum(), tensors)
 
@@ -137,18 +142,22 @@ class HessianProduct(DataProduct):
         return product
 
 
-def gauss_newton(batch: Batch, parameters: Parameters, middle: Callable[[Tensor], Tensor]) -> Restricted:
+def gauss_newton(
+    batch: Batch, parameters: Parameters, middle: Callable[[Tensor], Tensor], push: Push | None = None
+) -> Restricted:
     """`J^T w M J v` with the weights w of the examples and a matrix M in the space of outputs.
 
     Args:
         batch: with its graph.
         parameters: the weights.
         middle: from `(N, *, C)` to the same, linear and symmetric.
+        push: `J v` by other means than the derivative of `J^T u`.
 
     Returns:
         The product, over any of the parameters.
     """
-    linear = Linearised(batch.output, parameters)
+    linear = Linearised(batch.output, parameters, push)
+    linear.prepare()
 
     def product(group: Sequence[int], vector: Vectors) -> Vectors:
         return linear.pull(group, batch.weighted(middle(linear.push(group, vector).to(batch.f.dtype))))

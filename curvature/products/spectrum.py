@@ -126,7 +126,10 @@ def _lanczos(
 ) -> tuple[np.ndarray, np.ndarray]:
     tolerance = torch.finfo(matrix.dtype).eps if tolerance is None else tolerance
     allowed = 10 * matrix.size if max_products is None else max_products
-    start = gaussian(matrix, 1, generator)[:, 0].double().cpu().numpy()
+    direction = gaussian(matrix, 1, generator)
+    start = direction[:, 0].double().cpu().numpy()
+    if not matrix.matmul(direction).any():  # the zero matrix: no direction is better than another
+        return np.zeros(k), np.eye(matrix.size, k)
     try:
         return eigsh(
             scipy_view(matrix),

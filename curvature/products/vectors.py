@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lapkit.curvature.capture import internals
+from lapkit.curvature.capture.forward import recurrence_on_tape
 from lapkit.curvature.capture.tape import Graph
 from lapkit.curvature.parameters import Parameters
 
@@ -28,11 +29,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            with warnings.catch_warnings():  # of TF32, which nobody asks for here
-                warnings.simplefilter("ignore")
-                stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(recurrence_on_tape(model))
         yield
 
 
@@ -110,15 +107,37 @@ class Passage:
         Returns:
             The results, `(R, *shape)`.
         """
-        if self.together and len(vectors[0]) > 1:
-            found = self._together(product, vectors, verify=verify)
-            if found is not None:
-                return found
-            self.together = False
+        found = self._together(product, vectors, verify=verify)
+        if found is not None:
+            return found
         alone = [product(tuple(v[r] for v in vectors)) for r in range(len(vectors[0]))]
         return tuple(torch.stack(parts) for parts in zip(*alone, strict=True))
 
+    def add(self, product: Product, vectors: Vectors, totals: Vectors, *, verify: bool) -> None:
+        """Add the product with each of R vectors to a total, without a copy of all of them.
+
+        Args:
+            product: of one vector.
+            vectors: `(R, *shape)` for each parameter.
+            totals: of the results, of their shapes.
+            verify: make the comparison.
+        """
+        found = self._together(product, vectors, verify=verify)
+        if found is not None:
+            _add(totals, found)
+            return
+        for r in range(len(vectors[0])):
+            _add(tuple(t[r] for t in totals), product(tuple(v[r] for v in vectors)))
+
     def _together(self, product: Product, vectors: Vectors, *, verify: bool) -> Vectors | None:
+        """All at once, or None where vectors go one by one.
+
+        Raises:
+            NotTwiceDifferentiable: if an operation has no second derivative.
+            RuntimeError: if what went well before does not go well now.
+        """
+        if not self.together or len(vectors[0]) == 1:
+            return None
         probe = _probe(vectors) if verify else tuple(v[:0] for v in vectors)
         try:
             with warnings.catch_warnings():
@@ -133,15 +152,22 @@ class Passage:
             reason = str(error).splitlines()[0]
         else:
             count = len(vectors[0])
-            if not verify or _agree(tuple(f[count] for f in found), product(tuple(p[0] for p in probe))):
+            if not verify or agree(tuple(f[count] for f in found), product(tuple(p[0] for p in probe))):
                 return tuple(f[:count] for f in found)
             reason = "a wrong product"
         warnings.warn(
             f"Some operation of this model cannot be differentiated in a batch of vectors ({reason}); vectors go one "
             "by one, which is slower but exact.",
-            stacklevel=2,
+            stacklevel=3,
         )
+        self.together = False
         return None
+
+
+def random_vectors(like: Sequence[Tensor], seed: int = 0) -> Vectors:
+    """Normal numbers in the shapes of some tensors, that leave torch's own generators alone."""
+    generator = torch.Generator(like[0].device).manual_seed(seed)
+    return tuple(torch.randn(t.shape, generator=generator, device=t.device).to(t.dtype) for t in like)
 
 
 def _probe(vectors: Vectors) -> Vectors:
@@ -152,7 +178,12 @@ def _probe(vectors: Vectors) -> Vectors:
     )
 
 
-def _agree(actual: Vectors, expected: Vectors) -> bool:
+def _add(totals: Vectors, parts: Vectors) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total += part
+
+
+def agree(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     """Whether two vectors are the same up to rounding."""
     difference, norm = (
         torch.stack([t.double().norm() for t in tensors]).norm()

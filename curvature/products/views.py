@@ -18,7 +18,8 @@ def linear_operator_view(matrix: Matrix) -> LinearOperator:
 
     Structures that the library has are handed over as such, with its own closed forms: diagonal and dense matrices,
     Kronecker products, blocks of all these. Anything else is multiplied by, with conjugate gradients and Lanczos.
-    Add a prior precision with `view.add_diagonal(torch.tensor(tau))`.
+    Add a prior precision with `view.add_diagonal(torch.tensor(tau))`. How exact conjugate gradients are is a setting of
+    the library, `linear_operator.settings.cg_tolerance(1e-4)` for instance; by default they stop early.
 
     Args:
         matrix: anything symmetric with `size`, `dtype`, `device` and `matmul`; the library's solvers and determinants

@@ -133,7 +133,8 @@ def ekfac(
     Args:
         model: the network; it is run in eval mode and given back as it was.
         likelihood: of targets given outputs.
-        data: batches `(inputs, targets)` that can be run through twice: a data loader, or a list, perhaps of one batch.
+        data: batches `(inputs, targets)` or `(inputs, targets, weights)` that can be run through twice: a data loader,
+            or a list, perhaps of one batch.
         columns: which curvature, the exact GGN by default.
         parameters: a selection, or names of parameters or modules; all that require gradients by default.
         setting: of the Kronecker factors, see `GGNKronecker`.
@@ -155,8 +156,7 @@ def ekfac(
             f"EKFAC passes over the data twice, and a {type(data).__name__} is used up after once. "
             "Give a data loader or a list of batches."
         )
-    if not isinstance(parameters, Parameters):
-        parameters = Parameters.of(model, parameters)
+    parameters = Parameters.selected(model, parameters)
     source = torch.default_generator if generator is None else generator
     state = source.get_state()
     run = partial(

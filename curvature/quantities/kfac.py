@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.columns.columns import Columns
-from lapkit.curvature.jacobians.jacobian import LayerJacobian
+from lapkit.curvature.jacobians.jacobian import LayerJacobian, averaged
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.diagonal import Diagonal
 from lapkit.curvature.operators.kronecker_product import KroneckerProduct
@@ -24,7 +24,8 @@ Setting = Literal["expand", "reduce"]
 class KroneckerSum(CurvatureSum):
     """Kronecker factors before they are divided.
 
-    `output/NAME` is B, `input/NAME` is A times `positions/NAME`; `transposed/NAME` is there for parameters that are
+    `output/NAME` is B, `input/NAME` is A times `positions/NAME`, a number or one for each group, `(G,)`, as for
+    experts, each of which sees rows of its own; `transposed/NAME` is there for parameters that are
     stored as inputs x outputs. An embedding tied to a product has both its factors in `output/NAME`; see
     `TiedJacobian.output_moment`.
     """
@@ -44,8 +45,7 @@ class KroneckerSum(CurvatureSum):
         b, a = self.tensors[f"output/{name}"], self.tensors[f"input/{name}"]
         if b.ndim == 2:
             return _tied_factors(b, a.shape[1])
-        count = self.tensors[f"positions/{name}"]
-        a, b = a / torch.where(count > 0, count, 1), b.clone()  # no position: then B is zero
+        a, b = averaged(a, self.tensors[f"positions/{name}"]), b.clone()
         return (a, b) if f"transposed/{name}" in self.tensors else (b, a)
 
     def operator(self) -> BlockDiagonal:
@@ -75,7 +75,10 @@ class GGNKronecker(Quantity):
     The two are equal for T = 1. With the exact columns this is KFLR, with Monte Carlo columns KFAC. The division by T
     keeps the trace of convolutions near that of the exact block; without it the product is tens to hundreds of times
     too large. Several uses of a weight count as further positions. An example's weight counts it as that many examples.
-    Embeddings have a diagonal A, how often each row is read, in either setting.
+    Embeddings have a diagonal A, how often each row is read, in either setting. Experts that are matrices of one weight
+    have a block each, `B_e (x) A_e` over the rows that were sent there, divided by their own number; an expert without
+    rows has B = 0. With reduce, the rows that one example sends to one expert are its positions there, and N counts the
+    examples that sent any.
 
     Args:
         parameters: the weights.
@@ -114,7 +117,7 @@ class GGNKronecker(Quantity):
         if first:
             moment, count = jacobian.input_moment(self._weights)
             add_to(self.sums, f"input/{name}", moment)
-            add_to(self.sums, f"positions/{name}", torch.tensor(count, dtype=torch.float64))
+            add_to(self.sums, f"positions/{name}", torch.as_tensor(count, dtype=torch.float64))
             if jacobian.transposed:
                 self.sums[f"transposed/{name}"] = torch.tensor(True)
 

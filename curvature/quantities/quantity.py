@@ -5,8 +5,9 @@ Quantities add up over columns, batches and machines. Several ride one backward 
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import accumulate
 from typing import ClassVar, final
 
@@ -89,7 +90,18 @@ class Quantity(ABC):
 
 def described(settings: object) -> str:
     """A frozen dataclass by its fields, anything else by its type: equal words for equal settings."""
-    return repr(settings) if is_dataclass(settings) else type(settings).__qualname__
+    name = type(settings).__qualname__
+    if not is_dataclass(settings):
+        return name
+    return f"{name}({', '.join(f'{f.name}={_field(getattr(settings, f.name))}' for f in fields(settings))})"
+
+
+def _field(value: object) -> str:
+    """A tensor by all of its bits, which its printed form leaves out."""
+    if isinstance(value, Tensor):
+        bits = hashlib.sha1(value.detach().cpu().double().numpy().tobytes()).hexdigest()
+        return f"tensor{tuple(value.shape)}:{bits}"
+    return described(value) if is_dataclass(value) else repr(value)
 
 
 def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
@@ -123,7 +135,11 @@ class DiagonalSum(CurvatureSum):
 
 @final
 class GGNDiagonal(Quantity):
-    """`diag(H)`.
+    """`diag(H)`; the result has one tensor in the shape of each parameter.
+
+    Args:
+        parameters: the weights.
+        columns: which curvature H is, if not that of the call.
 
     Reference:
         Dangel, Backpropagation Beyond the Gradient, table 5.1 (DiagGGN).
@@ -158,7 +174,12 @@ class BlockSum(CurvatureSum):
 
 @final
 class GGNBlocks(Quantity):
-    """The exact diagonal block of each parameter."""
+    """The exact diagonal block of each parameter; the result has one matrix for each.
+
+    Args:
+        parameters: the weights.
+        columns: which curvature H is, if not that of the call.
+    """
 
     def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
         super().__init__(parameters, columns=columns)
@@ -188,6 +209,10 @@ class DenseSum(CurvatureSum):
 @final
 class GGNDense(Quantity):
     """The full matrix, across layers.
+
+    Args:
+        parameters: the weights.
+        columns: which curvature H is, if not that of the call.
 
     Raises:
         ValueError: if it would not fit into the memory that is free.

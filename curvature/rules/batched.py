@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lapkit.curvature.capture.layout import Layout
 from lapkit.curvature.jacobians.outer_product import OuterProduct
+from lapkit.curvature.rules.experts import batched_experts
 from lapkit.curvature.rules.linear import padded, place_of, scaled
 from lapkit.curvature.rules.site import FromCotangent, Site
 
@@ -29,13 +30,22 @@ class _Axis:
 def batched_right_operand(site: Site) -> FromCotangent | None:
     """`x_b W_b`, x `(B, M, I)` and W `(B, I, O)`."""
     x = site.saved("batch1" if site.name == "BaddbmmBackward0" else "self")
-    return _shared(site, x, flip=False) or _grouped(site, x, flip=False)
+    return _any(site, x, flip=False)
 
 
 def batched_left_operand(site: Site) -> FromCotangent | None:
     """`W_b x_b`: the same, transposed."""
     x = site.saved("batch2" if site.name == "BaddbmmBackward0" else "mat2")
-    return _shared(site, x, flip=True) or _grouped(site, x, flip=True)
+    return _any(site, x, flip=True)
+
+
+def _any(site: Site, x: Tensor | None, *, flip: bool) -> FromCotangent | None:
+    """Whichever form there is."""
+    alpha = site.factor("alpha", "BaddbmmBackward0")
+    if x is None or alpha is None:
+        return None
+    experts = batched_experts(site, x, alpha, flip=flip)
+    return experts or _shared(site, x, alpha, flip=flip) or _grouped(site, x, alpha, flip=flip)
 
 
 def _canonical(site: Site, tensor: Tensor, *, flip: bool) -> Tensor | None:
@@ -47,19 +57,17 @@ def _canonical(site: Site, tensor: Tensor, *, flip: bool) -> Tensor | None:
     return t.movedim(3, -1) if flip and site.layout.axis == 0 else t
 
 
-def _shared(site: Site, x: Tensor | None, *, flip: bool) -> FromCotangent | None:
+def _shared(site: Site, x: Tensor, alpha: float, *, flip: bool) -> FromCotangent | None:
     """One weight, or some rows and columns of one, for the whole batch."""
-    if x is None or site.view is None or (site.view.shape[0] > 1 and site.view.stride(0) != 0):
+    if site.view is None or (site.view.shape[0] > 1 and site.view.stride(0) != 0):
         return None
     matrix = site.view[0].mT if flip else site.view[0]
     place, a = place_of(matrix, site.parameter), _canonical(site, x.detach()[None], flip=flip)
-    alpha = site.factor("alpha", "BaddbmmBackward0")
-    if place is None or a is None or alpha is None:
+    if place is None or a is None:
         return None
     a = padded(scaled(a[0].flatten(1, 2), alpha), place.inputs).unsqueeze(2)  # (N, T, 1, I)
-    beside = (
-        x.shape[0] if site.layout.axis else x.shape[2 if flip else 1]
-    )  # what shares the positions with the examples
+    # What shares the positions with the examples.
+    beside = x.shape[0] if site.layout.axis else x.shape[2 if flip else 1]
     rows = None if site.rows is None else site.rows * beside
 
     def jacobian(c: Tensor) -> OuterProduct:
@@ -70,10 +78,10 @@ def _shared(site: Site, x: Tensor | None, *, flip: bool) -> FromCotangent | None
     return jacobian
 
 
-def _grouped(site: Site, x: Tensor | None, *, flip: bool) -> FromCotangent | None:
+def _grouped(site: Site, x: Tensor, alpha: float, *, flip: bool) -> FromCotangent | None:
     """A weight for each of several groups; groups may share their inputs, or add up to the same outputs."""
-    axes = None if x is None else _axes(site, "boi" if flip else "bio")
-    if x is None or axes is None or site.layout.axis not in (0, 2 if flip else 1) or site.rows is not None:
+    axes = _axes(site, "boi" if flip else "bio")
+    if axes is None or site.layout.axis not in (0, 2 if flip else 1) or site.rows is not None:
         return None
     order = "".join(axis.role for axis in axes)
     order = order if {*"io"} <= {*order} else order + "io".translate({ord(r): None for r in order})  # sizes of one
@@ -99,9 +107,6 @@ def _grouped(site: Site, x: Tensor | None, *, flip: bool) -> FromCotangent | Non
         sizes = (extra.size, -1) if extra.number == 0 else (-1, extra.size)
         return t.unflatten(4, sizes).movedim(4 + extra.number, 4).flatten(3, 4)
 
-    alpha = site.factor("alpha", "BaddbmmBackward0")
-    if alpha is None:
-        return None
     a = scaled(factor(x.detach()[None], "i")[0], alpha)
     transposed = order.removeprefix("b") in ("io", "oio")
     return lambda c: OuterProduct(a, factor(c, "o"), transposed, site.budget)

@@ -34,7 +34,7 @@ def _patches(site: Site, x: Tensor) -> Patches:
     stride, padding, dilation = (tuple(map(int, site.saved(n))) for n in ("stride", "padding", "dilation"))
     x = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
     x = site.layout.canonical(x[None], site.examples)[0]
-    return Patches(x, tuple(site.parameter.shape[2:]), stride, dilation, int(site.saved("groups")))
+    return Patches(x, tuple(site.operand_shape[2:]), stride, dilation, int(site.saved("groups")))
 
 
 def _transposed_weight(site: Site, x: Tensor) -> FromCotangent:
@@ -42,7 +42,7 @@ def _transposed_weight(site: Site, x: Tensor) -> FromCotangent:
 
     The weight is stored as inputs x outputs, a patch of the cotangent being the outputs of one input position.
     """
-    kernel = tuple(site.parameter.shape[2:])
+    kernel = tuple(site.operand_shape[2:])
     stride, padding, dilation = (tuple(map(int, site.saved(n))) for n in ("stride", "padding", "dilation"))
     groups = int(site.saved("groups"))
     # What the output gained or lost at its borders is undone, so that each input position has one patch.

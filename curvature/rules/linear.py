@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.outer_product import OuterProduct
+from lapkit.curvature.rules.experts import selected, selected_matrix
 from lapkit.curvature.rules.operand import whole
 from lapkit.curvature.rules.site import FromCotangent, Site
 
@@ -54,25 +55,27 @@ def padded(factor: Tensor, around: tuple[int, int]) -> Tensor:
 def right_operand(site: Site) -> FromCotangent | None:
     """`x W`: rows of x and of the cotangent are examples or positions."""
     a = site.saved("mat1" if site.name == "AddmmBackward0" else "self")
-    if a is None or site.view is None or site.layout.axis != 0:
-        return None
-    place = place_of(site.view, site.parameter)
-    return None if place is None else _product(site, place, a)
+    rows = site.along(0)
+    return None if a is None or rows is None or site.view is None else _product(rows, site.view, a)
 
 
 def left_operand(site: Site) -> FromCotangent | None:
     """`W x`: columns of x and of the cotangent are examples or positions."""
     a = site.saved("mat2")
-    if a is None or site.view is None or site.layout.axis != 1:
-        return None
-    place = place_of(site.view.mT, site.parameter)
-    return None if place is None else _product(site, place, a)
+    columns = site.along(1)
+    return None if a is None or columns is None or site.view is None else _product(columns, site.view.mT, a)
 
 
-def _product(site: Site, place: Place, a: Tensor) -> FromCotangent | None:
+def _product(site: Site, matrix: Tensor, a: Tensor) -> FromCotangent | None:
     """A matrix product; the layout says along which axis the examples stand, in `a` as in the cotangent."""
     alpha = site.factor("alpha", "AddmmBackward0")
     if alpha is None:
+        return None
+    expert = selected(matrix, site.parameter)
+    if expert is not None:
+        return selected_matrix(site, expert, a, alpha)
+    place = place_of(matrix, site.parameter)
+    if place is None:
         return None
     a = padded(scaled(site.canonical_input(a), alpha), place.inputs).unsqueeze(2)  # (N, T, 1, I)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from lapkit.curvature.capture import internals
 from lapkit.curvature.capture.irregular import IrregularLayout
-from lapkit.curvature.capture.layout import AnyLayout
+from lapkit.curvature.capture.layout import AnyLayout, Layout
 from lapkit.curvature.capture.tape import Use
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
 from lapkit.curvature.rules.operand import entries_of, path, unmerged_view_of, view_of, whole
@@ -122,6 +122,20 @@ class Site:
         """Shape of any operand of the node that has a gradient, else None."""
         child, number = self.use.node.next_functions[slot]
         return None if child is None else tuple(internals.shape_at(child, number))
+
+    def along(self, axis: int) -> Site | None:
+        """The same place with the examples along this axis of the cotangent; None if they stand along another one.
+
+        Where all of it belongs to one example, as the few rows of an expert may, any axis will do.
+        """
+        if self.layout.axis == axis:
+            return self
+        owners = self.layout.owners(self.shape[self.layout.axis], self.examples)
+        if not len(owners) or bool((owners != owners[0]).any()):
+            return None
+        length = self.shape[axis]
+        layout = Layout(axis) if self.examples == 1 else IrregularLayout(axis, owners[:1].expand(length))
+        return replace(self, layout=layout)
 
     @property
     def rows(self) -> int | None:

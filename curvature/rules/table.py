@@ -29,7 +29,7 @@ from lapkit.curvature.rules.elementwise import (
     slope,
 )
 from lapkit.curvature.rules.embedding import embedding
-from lapkit.curvature.rules.grouped import grouped_right_operand
+from lapkit.curvature.rules.experts import grouped_right_operand
 from lapkit.curvature.rules.linear import (
     left_operand,
     linear_weight,

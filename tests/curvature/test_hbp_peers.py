@@ -12,7 +12,7 @@ from lapkit.curvature import Categorical, hessian_blocks, hessian_diagonal, hess
 
 # BackPACK's own hooks make torch warn, since the inputs need no gradient.
 pytestmark = [pytest.mark.peer("backpack"), pytest.mark.filterwarnings("ignore:Full backward hook is firing")]
-CLOSE = {"rtol": 1e-8, "atol": 1e-10}
+CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 NETWORKS = {
     "mlp": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Sigmoid(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)), (4,)),
     "convolution": lambda: (

@@ -179,3 +179,23 @@ def test_local_vjp_under_vmap():
     cotangents = torch.randn(5, 4, 2)
     rows = torch.func.vmap(lambda c: internals.local_vjp(node_of(output), (c,), 0))(cotangents)
     torch.testing.assert_close(rows, cotangents.sum(1))
+
+
+def test_operations_below_autograd():
+    """TorchDispatchMode, trees of arguments and the two operations that views become: what tangents are recorded by."""
+    seen = []
+
+    class Record(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append((function, args))
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 3)
+    with Record():
+        x.view(6)
+    function, arguments = seen[0]
+    assert function in internals.VIEWS
+    leaves, form = internals.tree_flatten(arguments)
+    assert leaves[0] is x
+    assert internals.tree_unflatten(leaves, form) == arguments
+    assert internals.tree_leaves({"a": [1, 2]}) == [1, 2]

@@ -106,6 +106,30 @@ def test_gram(kind):
     close(jacobian.gram(), torch.einsum("knp,lmp->knlm", values, values))
 
 
+@pytest.mark.parametrize("way", ["_gram_of_pairs", "_gram_of_rows"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("positions", [1, 5])
+@pytest.mark.parametrize("budget", [1, 2000, 20000, 2**28])
+def test_both_ways_to_the_gram_matrix(way, positions, groups, transposed, budget):
+    jacobian = outer_product(3, 7, positions, groups, transposed, budget)
+    values = expanded(jacobian)
+    close(getattr(jacobian, way)(), torch.einsum("knp,lmp->knlm", values, values))
+
+
+@pytest.mark.parametrize(("positions", "width", "way"), [(2, 40, "_gram_of_pairs"), (20, 2, "_gram_of_rows")])
+def test_the_gram_matrix_takes_the_way_with_fewer_multiplications(positions, width, way, monkeypatch):
+    """Few positions of wide layers by pairs, many positions of narrow ones from the expanded Jacobian."""
+    taken = []
+    for name in ("_gram_of_pairs", "_gram_of_rows"):
+        method = getattr(OuterProduct, name)
+        monkeypatch.setattr(OuterProduct, name, lambda j, name=name, method=method: taken.append(name) or method(j))
+    jacobian = OuterProduct(torch.randn(4, positions, 2, width), torch.randn(3, 4, positions, 2, width))
+    values = expanded(jacobian)
+    close(jacobian.gram(), torch.einsum("knp,lmp->knlm", values, values))
+    assert taken == [way]
+
+
 @pytest.mark.parametrize("vectors", [1, 3])
 def test_project(kind, vectors):
     jacobian, values = kind

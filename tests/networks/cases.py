@@ -180,6 +180,10 @@ add("rnn", lambda: recurrent.Recurrent(nn.RNN(3, 4, batch_first=True), read="sta
 add("lstm cell", lambda: recurrent.Unrolled(nn.LSTMCell(3, 4)), images(4, 3))
 add("gru cell", lambda: recurrent.Unrolled(nn.GRUCell(3, 4)), images(4, 3))
 add("packed lstm", recurrent.Tagger, sentences)
+# Single precision is where oneDNN's fused kernel would be taken, all steps in one node.
+FUSED = {"dtype": torch.float32, "tolerance": 1e-4}
+add("fused lstm", lambda: recurrent.Recurrent(nn.LSTM(3, 4, batch_first=True)), images(4, 3), **FUSED)
+add("fused packed lstm", recurrent.Tagger, sentences, **FUSED)
 add("state space", recurrent.Selective, images(4, 4), generic=("log_decay",))
 
 add("gcn", graphs.DenseGCN, graph_inputs)
@@ -202,7 +206,7 @@ for kernel in ("sdpa", "eager"):
     add(f"gpt-2 with lora {kernel}", language("gpt2_with_lora", kernel), padded, **HF)
 add("t5", language("t5"), encoded_and_decoded, **HF32)
 add("mixtral", language("mixtral"), tokens, **HF32)
-add("mixtral batched", language("mixtral", "sdpa", "batched_mm"), tokens, **HF32, generic=("*.experts.*",))
+add("mixtral batched", language("mixtral", "sdpa", "batched_mm"), tokens, **HF32)
 add("qwen moe", language("qwen_moe", "eager"), padded, **HF32)
 # Their kernels want float32, so that both sides of a comparison are rounded to seven digits an operation.
 SINGLE = {**HF, "dtype": torch.float32, "tolerance": 1e-4}
