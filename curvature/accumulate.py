@@ -89,9 +89,15 @@ def accumulate(
         Loss, number of examples and of outputs.
 
     Raises:
+        TypeError: if the likelihood is none.
         ValueError: if there is no data, or the engine or the likelihood refuses a batch, or a parameter is never used.
     """
     parameters.check_finite()
+    if not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            f"Expected a likelihood such as lapkit.curvature.Categorical() or Gaussian(), got {likelihood!r}. A loss "
+            "of your own becomes one by lapkit.curvature.FromLogProb."
+        )
     groups = _by_columns(quantities, columns)
     for wanted, group in groups:
         for quantity in group:
@@ -109,7 +115,7 @@ def accumulate(
             f = summable(backprop.output.detach())
             seen = 0 if totals is None else totals.count
             draws = None if seed is None else Draws(seed, example_keys((x, y), len(f), seen).to(f.device))
-            check_positions(engine.shape, output_axis, y)
+            check_positions(torch.Size((len(f), *engine.shape[1:])), output_axis, y)
             y = likelihood.check(f, y, output_axis)
             weights = _checked(weights, f)
             own = _totals(likelihood.loss(f, y), f, weights)

@@ -64,7 +64,7 @@ class Parameters:
         trainable = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if names is None:
             return cls(tuple(trainable), tuple(trainable.values()))
-        wanted = list(names)
+        wanted = [names] if isinstance(names, str) else list(names)
         chosen = [n for n in trainable if any(n == w or n.startswith(f"{w}.") for w in wanted)]
         unmatched = [w for w in wanted if not any(n == w or n.startswith(f"{w}.") for n in trainable)]
         if unmatched:

@@ -64,11 +64,11 @@ def _choice(table: Any, key: Any, what: str) -> Any:
 
 
 def _fingerprint(model: nn.Module) -> list[int]:
-    """One number for each parameter, in which training of weights that are not copied into the fit shows.
+    """One number for each parameter and buffer, in which training shows: of weights, and of running statistics.
 
     The bits are summed as integers, whose sum does not depend on the order, so not on threads and devices either.
     """
-    real = [torch.view_as_real(p) if p.is_complex() else p for p in model.parameters()]
+    real = [torch.view_as_real(p) if p.is_complex() else p for p in (*model.parameters(), *model.buffers())]
     return [int(p.detach().view(_INTEGERS[p.element_size()]).sum()) for p in real]
 
 
@@ -407,7 +407,8 @@ class Laplace:
         same = _fingerprint(self.model) == self._fitted_to
         if not (same and torch.equal(summable(self._engine.parameters.vector()), self.fitted.mean)):
             raise RuntimeError(
-                "The network's weights are not those that were fitted: it was trained or loaded since. Call fit again."
+                "The network's weights are not those that were fitted, or its buffers (such as running statistics) are "
+                "not: it was trained or loaded since. Call fit again."
             )
         return self._engine
 

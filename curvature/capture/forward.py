@@ -43,7 +43,8 @@ def recurrence_on_tape(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 hooks.callback(module.register_forward_pre_hook(enter).remove)
-                hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+                # Where two of these contexts are nested, the inner one has to leave first.
+                hooks.callback(module.register_forward_hook(leave, prepend=True, always_call=True).remove)
         yield
 
 
@@ -150,7 +151,7 @@ def check_positions(outputs: torch.Size, axis: int | None, y: Tensor) -> None:
     if len(positions) > 1 and y.ndim in (len(outputs), len(outputs) - 1) and tuple(y.shape[1:]) != wanted:
         raise ValueError(
             f"Targets {tuple(y.shape)} do not stand at the positions {positions} of the outputs {tuple(outputs)}; "
-            f"expected (N, {', '.join(map(str, wanted))})."
+            f"expected (N, {', '.join(map(str, positions))}) for classes, or {tuple(outputs)} for one number an output."
         )
 
 

@@ -197,6 +197,9 @@ def test_fused_kernels_are_left_out_of_recurrent_layers_only():
     user = model.cell.register_forward_hook(lambda *_: None)
     if torch.backends.mkldnn.is_available():
         assert "MkldnnRnnLayerBackward0" in kernels(model, x)
+    with recurrence_on_tape(model), recurrence_on_tape(model):
+        assert "MkldnnRnnLayerBackward0" not in kernels(model, x)
+        assert torch._C._get_mkldnn_enabled() == before[0]
     with recurrence_on_tape(model):
         assert "MkldnnRnnLayerBackward0" not in kernels(model, x)
         with pytest.raises(RuntimeError, match=r"input.size"):
