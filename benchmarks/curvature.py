@@ -4,25 +4,20 @@
 
 Networks: 3c3d (N=128, C=10), an MLP 784-512-256-10 (N=128), a 6-layer transformer (N=32, T=32, C=10); float32. Every
 job starts from the model and the batch and ends with the quantity. `lapkit` includes the reading and checking of the
-tape that a first batch costs, `later` is a batch after that. Jobs of one row take turns, so that a busy moment hits
-all of them; medians of repeats in one process. The floor is the number of multiplications and additions that forward
-pass, backward passes of the columns and contraction need, in units of those of a gradient pass.
+tape that a first batch costs, `later` is a batch after that. The floor is the number of multiplications and additions
+that forward pass, backward passes of the columns and contraction need, in units of those of a gradient pass.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import importlib.util
 import itertools
-import json
-import pathlib
-import platform
-import statistics
-import time
 import warnings
 
 import torch
+from problems import PROBLEMS, Transformer, gradient_pass, make_problem
+from timing import medians, parser, report, seconds
 from torch import nn
 
 from lapkit.curvature import (
@@ -43,35 +38,7 @@ from lapkit.curvature.inspection import inspection
 warnings.filterwarnings("ignore")
 
 
-def conv_net():
-    """3c3d of DeepOBS: 895,210 weights for images 3 x 32 x 32."""
-    pool = lambda: (nn.ReLU(), nn.ZeroPad2d((0, 1, 0, 1)), nn.MaxPool2d(3, 2))  # noqa: E731
-    return nn.Sequential(
-        *(nn.Conv2d(3, 64, 5), *pool(), nn.Conv2d(64, 96, 3), *pool(), nn.ZeroPad2d(1), nn.Conv2d(96, 128, 3), *pool()),
-        *(nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10)),
-    )
-
-
-def mlp():
-    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
-
-
-class Transformer(nn.Module):
-    def __init__(self, width=128, layers=6, classes=10):
-        super().__init__()
-        make = lambda: nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True)  # noqa: E731
-        self.blocks = nn.Sequential(*(make() for _ in range(layers)))
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, x):
-        return self.head(self.blocks(x).mean(1))
-
-
-PROBLEMS = {
-    "3c3d": (conv_net, lambda: torch.randn(128, 3, 32, 32)),
-    "MLP": (mlp, lambda: torch.randn(128, 784)),
-    "transformer": (Transformer, lambda: torch.randn(32, 32, 128)),
-}
+LINEAR = "its linear layers"  # of the transformer: what curvlinops' KFAC supports, for both
 
 
 def columns_of(quantity):
@@ -87,25 +54,15 @@ ROWS = {
 }
 
 
-def gradient_pass(model, x, y):
-    parameters = list(model.parameters())
-    return lambda: torch.autograd.grad(nn.functional.cross_entropy(model(x), y), parameters)
-
-
-def lapkit_job(model, x, y, quantity, kind):
-    parameters = Parameters.of(model)
-    return lambda: accumulate(model, parameters, Categorical(), columns_of(kind), [(x, y)], [quantity(parameters)])
-
-
-def lapkit_later(model, x, y, quantity, kind):
-    """One batch out of many: the difference of two batches and one."""
-    parameters = Parameters.of(model)
+def lapkit_jobs(model, names, x, y, quantity, kind):
+    """One batch, and three: half of the difference is a batch out of many."""
+    parameters = Parameters.of(model, names)
 
     def job(batches):
         data = [(x, y)] * batches
         return lambda: accumulate(model, parameters, Categorical(), columns_of(kind), data, [quantity(parameters)])
 
-    return job(1), job(3)
+    return {"lapkit": job(1), "three": job(3)}
 
 
 def backpack_job(model, x, y, row):
@@ -132,14 +89,14 @@ def backpack_job(model, x, y, row):
     return job
 
 
-def curvlinops_job(model, x, y, row):
-    if importlib.util.find_spec("curvlinops") is None or row not in ("KFLR, exact", "KFAC, 1 MC sample"):
+def curvlinops_job(model, names, x, y, row):
+    if importlib.util.find_spec("curvlinops") is None or "KF" not in row or not _linear_or_convolution(model, names):
         return None
     from curvlinops import KFACLinearOperator
 
     model = copy.deepcopy(model)
     kind = "type-2" if "exact" in row else "mc"
-    parameters = [p for n, p in model.named_parameters() if "norm" not in n and "self_attn" not in n]
+    parameters = [p for n, p in model.named_parameters() if n in names]
 
     def job():
         operator = KFACLinearOperator(
@@ -158,71 +115,66 @@ def floor(found, kind, quantity):
     return found.gradients(structure, found.columns - 1 if kind == "exact" else 1)
 
 
-def seconds(job, device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    job()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def _linear_or_convolution(model, names):
+    kinds = (nn.Linear, nn.Conv2d)
+    supported = {
+        f"{m}.{p}" for m, module in model.named_modules() if isinstance(module, kinds) for p in ("weight", "bias")
+    }
+    return {n for n in names if "self_attn" not in n} == set(names) <= supported
 
 
-def medians(jobs, repeats, device):
-    """Jobs by name in turn; the first round warms up."""
-    times = {name: [] for name in jobs}
-    for turn in range(repeats + 1):
-        for name, job in jobs.items():
-            spent = seconds(job, device)
-            if turn:
-                times[name].append(spent)
-    return {name: statistics.median(spent) for name, spent in times.items()}
+def settings():
+    """Name of the problem, rows, and the names of the weights."""
+    for problem in PROBLEMS:
+        names = [n for n, _ in make_problem(problem)[0].named_parameters()]
+        yield problem, problem, list(ROWS), names
+        if problem == "transformer":
+            linear = [n for n in names if "norm" not in n and "self_attn" not in n]
+            yield problem, LINEAR, [row for row in ROWS if "KF" in row], linear
 
 
-def row_jobs(model, x, y, row):
-    quantity, kind, _ = ROWS[row]
-    one, three = lapkit_later(model, x, y, quantity, kind)
-    jobs = {"gradient": gradient_pass(model, x, y), "lapkit": one, "three": three}
-    peers = {"BackPACK": backpack_job(model, x, y, row), "curvlinops": curvlinops_job(model, x, y, row)}
-    return jobs | {name: job for name, job in peers.items() if job is not None}
+def measured(problem, title, row, names, options):
+    model, x, y = make_problem(problem, options.device)
+    quantity, kind, bar = ROWS[row]
+    chosen = [p for n, p in model.named_parameters() if n in names]
+    jobs = {"gradient": gradient_pass(model, x, y, chosen), **lapkit_jobs(model, names, x, y, quantity, kind)}
+    peers = {"BackPACK": backpack_job(model, x, y, row), "curvlinops": curvlinops_job(model, names, x, y, row)}
+    jobs |= {name: job for name, job in peers.items() if job is not None}
+    spent = medians(jobs, options.repeats, options.device)
+    unit = spent.pop("gradient")
+    ratio = {name: t / unit for name, t in spent.items()}
+    three = ratio.pop("three")
+    return {
+        "problem": title,
+        "quantity": row,
+        "gradient_ms": 1e3 * unit,
+        "bar": bar(10),
+        "floor": floor(inspection(model, x), kind, quantity) if title == problem else None,
+        "lapkit_later_batches": (three - ratio["lapkit"]) / 2,
+        **ratio,
+    }
 
 
-def table(device, repeats):
+def table(options):
+    columns = {"lapkit": 9, "lapkit_later_batches": 8, "bar": 7, "floor": 7, "BackPACK": 10, "curvlinops": 12}
+    heads = "".join(f"{'later' if 'later' in name else name:>{width}}" for name, width in columns.items())
+    print(f"{'':18}{'':24}{'gradient':>10}{heads}")
     records = []
-    print(
-        f"{'':13}{'':24}{'gradient':>10}{'lapkit':>9}{'later':>8}{'bar':>7}{'floor':>7}{'BackPACK':>10}{'curvlinops':>12}"
-    )
-    for problem, (make, inputs) in PROBLEMS.items():
-        torch.manual_seed(0)
-        model, x = make().to(device).eval(), inputs().to(device)
-        y = torch.randint(0, 10, (len(x),), device=device)
-        found = inspection(model, x)
-        for row, (quantity, kind, bar) in ROWS.items():
-            spent = medians(row_jobs(model, x, y, row), repeats, device)
-            unit = spent["gradient"]
-            ratio = {name: t / unit for name, t in spent.items()}
-            record = {
-                "problem": problem,
-                "quantity": row,
-                "gradient_ms": 1e3 * unit,
-                "lapkit": ratio["lapkit"],
-                "lapkit_later_batches": (ratio["three"] - ratio["lapkit"]) / 2,
-                "bar": bar(10),
-                "floor": floor(found, kind, quantity),
-                **{name: ratio[name] for name in ("BackPACK", "curvlinops") if name in ratio},
-            }
+    for problem, title, rows, names in settings():
+        for row in rows:
+            record = measured(problem, title, row, names, options)
             records.append(record)
-            peers = [f"{ratio[n]:.2f}" if n in ratio else "-" for n in ("BackPACK", "curvlinops")]
-            print(
-                f"{problem:<13}{row:<24}{1e3 * unit:>7.1f} ms{record['lapkit']:>9.2f}"
-                f"{record['lapkit_later_batches']:>8.2f}{record['bar']:>7.1f}{record['floor']:>7.2f}"
-                f"{peers[0]:>10}{peers[1]:>12}"
+            cells = (
+                f"{'-' if record.get(name) is None else format(record[name], '.2f'):>{width}}"
+                for name, width in columns.items()
             )
+            print(f"{title:<18}{row:<24}{record['gradient_ms']:>7.1f} ms{''.join(cells)}", flush=True)
     return records
 
 
-def gram_table(device, repeats):
+def gram_table(options):
     """The seeds' T1 to T4: gradient, gradients of each example, Gram matrix expanded, Gram matrix by its structure."""
+    device = options.device
     torch.manual_seed(0)
     widths = (1024, 512, 256, 128, 64, 32, 10)
     layers = [m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
@@ -254,7 +206,7 @@ def gram_table(device, repeats):
             torch.autograd.grad(nn.functional.cross_entropy(model(example), label), list(model.parameters()))
 
     jobs = {"T1": gradient_pass(model, x, y), "T2": each_gradient, "T4": structured}
-    spent = medians(jobs, repeats, device) | {"T3": seconds(expanded, device)}
+    spent = medians(jobs, options.repeats, device) | {"T3": seconds(expanded, device)}
     difference = float((structured().reshape(1152, 1152) - expanded()).norm() / expanded().norm())
     print("\nGram matrix of the GGN's columns, MLP 1024-512-256-128-64-32-10, N = 128, C - 1 = 9 columns")
     for name, text in {
@@ -268,26 +220,5 @@ def gram_table(device, repeats):
     return {name: 1e3 * t for name, t in spent.items()} | {"ratio": spent["T3"] / spent["T4"], "difference": difference}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=pathlib.Path, default=None)
-    options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    setting = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": where,
-        "repeats": options.repeats,
-    }
-    print(setting, "\n")
-    found = {"setting": setting, "costs": table(options.device, options.repeats)}
-    found["gram"] = gram_table(options.device, options.repeats)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    report(parser(__doc__).parse_args(), {"costs": table, "gram": gram_table})

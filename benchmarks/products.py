@@ -2,29 +2,23 @@
 
     .venv/bin/python benchmarks/products.py [--device cuda] [--repeats 7] [--problems MLP] [--json FILE]
 
-Networks and batches as in benchmarks/curvature.py; 1 and 8 vectors; float32. A product starts from model, batch and
+Networks and batches as in benchmarks/problems.py; 1 and 8 vectors; float32. A product starts from model, batch and
 vectors and includes the forward pass; what is checked once for each operator is left to the first, unmeasured round.
-Times are those of the processor in this process (of the wall on a GPU); jobs take turns, so that a busy moment hits
-all of them; medians. The floor counts multiplications and additions in units of those of a gradient pass, of which
+The floor counts multiplications and additions in units of those of a gradient pass, of which
 the forward pass is a third: F for the batch, and for each vector 2 F for J v and 2 F for J^T u (GGN), or 2 F for the
 change of the activations and 4 F for that of the gradients (Hessian).
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import pathlib
-import platform
-import statistics
-import time
 import warnings
 
 import torch
+from problems import PROBLEMS, gradient_pass, make_problem
+from timing import medians, parser, report
 from torch import nn
 
-from curvature import PROBLEMS, gradient_pass
 from lapkit.curvature import Categorical, GGNProduct, HessianProduct
 
 warnings.filterwarnings("ignore")
@@ -61,29 +55,6 @@ def plainly(job):
     return run
 
 
-def seconds(job, device):
-    if device != "cuda":
-        start = time.process_time()
-        job()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    job()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def medians(jobs, repeats, device):
-    """Jobs by name in turn; the first round warms up."""
-    times = {name: [] for name in jobs}
-    for turn in range(repeats + 1):
-        for name, job in jobs.items():
-            spent = seconds(job, device)
-            if turn:
-                times[name].append(spent)
-    return {name: statistics.median(spent) for name, spent in times.items()}
-
-
 def measured(problem, model, x, y, kind, count, options):
     ours = KINDS[kind](model, Categorical(), [(x, y)], check=False)
     vectors = torch.randn(ours.size, count, device=x.device)
@@ -105,10 +76,7 @@ def table(options):
     records = []
     print(f"{'':13}{'':9}{'vectors':>8}{'gradient':>12}{'lapkit':>9}{'curvlinops':>12}{'floor':>8}{'difference':>12}")
     for problem in options.problems:
-        make, inputs = PROBLEMS[problem]
-        torch.manual_seed(0)
-        model, x = make().to(options.device).eval(), inputs().to(options.device)
-        y = torch.randint(0, 10, (len(x),), device=options.device)
+        model, x, y = make_problem(problem, options.device)
         for kind in KINDS:
             for count in COUNTS:
                 record = measured(problem, model, x, y, kind, count, options)
@@ -123,26 +91,7 @@ def table(options):
     return records
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--json", type=pathlib.Path, default=None)
-    options = parser.parse_args()
-    where = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    setting = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": where,
-        "repeats": options.repeats,
-    }
-    print(setting, "\n")
-    found = {"setting": setting, "products": table(options)}
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__)
+    options.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    report(options.parse_args(), {"products": table})

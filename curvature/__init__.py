@@ -23,8 +23,8 @@ from lapkit.curvature.hessian.hbp_chain import Residual
 from lapkit.curvature.hessian.hbp_products import BlockProduct, BlockProducts, hessian_products
 from lapkit.curvature.hessian.hbp_step import Solution, conjugate_gradients, newton_step
 from lapkit.curvature.hessian.hessian_diagonal import HessianDiagonal, hessian_diagonal
-from lapkit.curvature.hessian.kfra import kfra
-from lapkit.curvature.inspection import Inspection, ParameterUse, inspect, inspection
+from lapkit.curvature.hessian.kfra import AveragedFactors, kfra
+from lapkit.curvature.inspection import Inspection, inspect, inspection
 from lapkit.curvature.jacobians.embedding import EmbeddingJacobian
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian, NetworkJacobian
 from lapkit.curvature.jacobians.outer_product import OuterProduct
@@ -40,11 +40,13 @@ from lapkit.curvature.likelihoods.regression import Gaussian, HeteroscedasticGau
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.dense import Dense
 from lapkit.curvature.operators.diagonal import Diagonal
+from lapkit.curvature.operators.factored import Factored
 from lapkit.curvature.operators.kronecker import Kronecker
 from lapkit.curvature.operators.kronecker_product import KroneckerProduct
 from lapkit.curvature.operators.low_rank import LowRank
 from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.curvature.parameters import Parameters, borrowed
+from lapkit.curvature.products.data_product import DataProduct
 from lapkit.curvature.products.estimators import (
     Estimate,
     diagpp_diagonal,
@@ -53,39 +55,79 @@ from lapkit.curvature.products.estimators import (
     hutchpp_trace,
     squared_norm,
 )
+from lapkit.curvature.products.low_rank_products import LowRankApproximation, low_rank_from_products
 from lapkit.curvature.products.matrix_free import MatrixFree
 from lapkit.curvature.products.products import EmpiricalFisherProduct, FisherProduct, GGNProduct, HessianProduct
 from lapkit.curvature.products.quadrature import SpectralDensity, spectral_density
 from lapkit.curvature.products.spectrum import Eigenpairs, largest_eigenpairs, smallest_eigenpairs
 from lapkit.curvature.products.views import linear_operator_view, scipy_view
-from lapkit.curvature.quantities.clipping import ClippedGradients
+from lapkit.curvature.quantities.clipping import ClippedGradients, ClippedTotal
 from lapkit.curvature.quantities.ekfac import EigenvalueSum, EKFACCorrection, ekfac
-from lapkit.curvature.quantities.first_order import GradientCovariance, GradientMoments, GradientSum
-from lapkit.curvature.quantities.gradient_products import GradientDots, GradientGram
+from lapkit.curvature.quantities.factored_ggn import FactoredGGN, FactoredSum, LowRankGGN
+from lapkit.curvature.quantities.first_order import (
+    CovarianceSum,
+    GradientCovariance,
+    GradientMoments,
+    GradientSum,
+    GradientTotal,
+    MomentSum,
+)
+from lapkit.curvature.quantities.gradient_products import ExampleDots, GradientDots, GradientGram, GramMatrix, MeanDots
 from lapkit.curvature.quantities.kfac import GGNKronecker, KroneckerSum
-from lapkit.curvature.quantities.per_example import GGNDiagonals, GGNTraces, GradientNorms, Gradients
-from lapkit.curvature.quantities.quantity import GGNBlocks, GGNDense, GGNDiagonal, Quantity
+from lapkit.curvature.quantities.per_example import (
+    ExampleNorms,
+    ExampleValues,
+    GGNDiagonals,
+    GGNTraces,
+    GradientNorms,
+    Gradients,
+)
+from lapkit.curvature.quantities.quantity import (
+    BlockSum,
+    DenseSum,
+    DiagonalSum,
+    GGNBlocks,
+    GGNDense,
+    GGNDiagonal,
+    Quantity,
+)
 from lapkit.curvature.quantities.results import CurvatureSum, PerExample, Result, Sum
 from lapkit.curvature.quantities.sqrt_ggn import LowRankSum, SqrtGGN
+from lapkit.curvature.spectra.analysis import ViViT, vivit
+from lapkit.curvature.spectra.comparison import eigenvalue_accuracy, magnitude_error
+from lapkit.curvature.spectra.damping import NoiseAwareDamping
+from lapkit.curvature.spectra.directions import Directions
+from lapkit.curvature.spectra.overlap import eigenspace_overlap
+from lapkit.curvature.spectra.plots import plot_overlaps, plot_snr, plot_spectrum
+from lapkit.curvature.spectra.spectrum import Spectrum
+from lapkit.curvature.usage import ParameterUse
 from lapkit.curvature.verification import Verification, verify
 
 __all__ = [
     "GGN",
+    "AveragedFactors",
     "Bernoulli",
     "BlockDiagonal",
     "BlockProduct",
     "BlockProducts",
+    "BlockSum",
     "Categorical",
     "ClippedGradients",
+    "ClippedTotal",
     "ColumnSet",
     "Columns",
+    "CovarianceSum",
     "CurvatureBlocks",
     "CurvatureSum",
     "CustomColumns",
+    "DataProduct",
     "Dense",
     "DenseJacobian",
+    "DenseSum",
     "Diagonal",
     "DiagonalLikelihood",
+    "DiagonalSum",
+    "Directions",
     "Draws",
     "EKFACCorrection",
     "Eigenpairs",
@@ -95,6 +137,12 @@ __all__ = [
     "EmpiricalFisherProduct",
     "Engine",
     "Estimate",
+    "ExampleDots",
+    "ExampleNorms",
+    "ExampleValues",
+    "Factored",
+    "FactoredGGN",
+    "FactoredSum",
     "FisherProduct",
     "FromLogProb",
     "GGNBlocks",
@@ -112,7 +160,9 @@ __all__ = [
     "GradientMoments",
     "GradientNorms",
     "GradientSum",
+    "GradientTotal",
     "Gradients",
+    "GramMatrix",
     "HessianDiagonal",
     "HessianProduct",
     "HeteroscedasticGaussian",
@@ -125,10 +175,15 @@ __all__ = [
     "Likelihood",
     "LossGradient",
     "LowRank",
+    "LowRankApproximation",
+    "LowRankGGN",
     "LowRankSum",
     "MatrixFree",
+    "MeanDots",
+    "MomentSum",
     "MonteCarloGGN",
     "NetworkJacobian",
+    "NoiseAwareDamping",
     "OuterProduct",
     "ParameterUse",
     "Parameters",
@@ -143,6 +198,7 @@ __all__ = [
     "RoutedJacobian",
     "Solution",
     "SpectralDensity",
+    "Spectrum",
     "SqrtGGN",
     "Sum",
     "SumJacobian",
@@ -150,11 +206,14 @@ __all__ = [
     "TiedJacobian",
     "Totals",
     "Verification",
+    "ViViT",
     "accumulate",
     "borrowed",
     "compute",
     "conjugate_gradients",
     "diagpp_diagonal",
+    "eigenspace_overlap",
+    "eigenvalue_accuracy",
     "ekfac",
     "example_keys",
     "hessian_blocks",
@@ -169,11 +228,17 @@ __all__ = [
     "largest_eigenpairs",
     "last_layer",
     "linear_operator_view",
+    "low_rank_from_products",
+    "magnitude_error",
     "newton_step",
+    "plot_overlaps",
+    "plot_snr",
+    "plot_spectrum",
     "scipy_view",
     "seed_from",
     "smallest_eigenpairs",
     "spectral_density",
     "squared_norm",
     "verify",
+    "vivit",
 ]

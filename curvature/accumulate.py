@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from lapkit.curvature.capture.forward import ForwardFunction, check_positions
 from lapkit.curvature.capture.tape import never_used
 from lapkit.curvature.columns.columns import Columns, ColumnSet
 from lapkit.curvature.columns.sampling import Draws, example_keys, seed_from
-from lapkit.curvature.inputs import to_device, unpack
+from lapkit.curvature.inputs import check_batches, to_device, unpack
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.parameters import Parameters, borrowed
@@ -89,7 +90,7 @@ def accumulate(
         Loss, number of examples and of outputs.
 
     Raises:
-        TypeError: if the likelihood is none.
+        TypeError: if the likelihood is none, or the data is no series of batches.
         ValueError: if there is no data, or the engine or the likelihood refuses a batch, or a parameter is never used.
     """
     parameters.check_finite()
@@ -98,6 +99,7 @@ def accumulate(
             f"Expected a likelihood such as lapkit.curvature.Categorical() or Gaussian(), got {likelihood!r}. A loss "
             "of your own becomes one by lapkit.curvature.FromLogProb."
         )
+    check_batches(data)
     groups = _by_columns(quantities, columns)
     for wanted, group in groups:
         for quantity in group:
@@ -115,14 +117,15 @@ def accumulate(
             f = summable(backprop.output.detach())
             seen = 0 if totals is None else totals.count
             draws = None if seed is None else Draws(seed, example_keys((x, y), len(f), seen).to(f.device))
-            check_positions(torch.Size((len(f), *engine.shape[1:])), output_axis, y)
+            check_positions(backprop.returned_shape, output_axis, y)
             y = likelihood.check(f, y, output_axis)
             weights = _checked(weights, f)
             own = _totals(likelihood.loss(f, y), f, weights)
             totals = own if totals is None else totals + own
-            for wanted, group in groups:
-                sent = wanted(likelihood, f, y, draws)
-                _backward(backprop, sent, _factors(weights, wanted, f), group, weights)
+            with _whole_batch(quantities):
+                for wanted, group in groups:
+                    sent = wanted(likelihood, f, y, draws)
+                    _backward(backprop, sent, _factors(weights, wanted, f), group, weights)
     if totals is None:
         raise ValueError(EMPTY)
     if engine.unreached:  # the experts that no example was sent to, say
@@ -162,6 +165,17 @@ def _checked(weights: Tensor | None, f: Tensor) -> Tensor | None:
     if len(weights) != len(f):
         raise ValueError(f"Got {len(weights)} weights for a batch of {len(f)} examples: one weight an example.")
     return weights.detach().to(f)
+
+
+@contextmanager
+def _whole_batch(quantities: Sequence[Quantity]) -> Iterator[None]:
+    """What has seen a part of a batch when an error comes, or an interrupt, has no result any more."""
+    try:
+        yield
+    except BaseException:
+        for quantity in quantities:
+            quantity.abandon()
+        raise
 
 
 def _factors(weights: Tensor | None, columns: Columns, f: Tensor) -> Tensor | None:

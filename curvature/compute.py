@@ -17,12 +17,13 @@ from lapkit.curvature.columns.columns import GGN, Columns
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.parameters import Parameters
 from lapkit.curvature.quantities.quantity import Quantity
-from lapkit.curvature.quantities.results import Result, read, write
+from lapkit.curvature.quantities.results import Result
+from lapkit.curvature.quantities.storage import read, write
 
 Make = Callable[[Parameters], Quantity]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Results(Mapping[str, Result]):
     """Results by the names under which they were asked for.
 
@@ -35,7 +36,19 @@ class Results(Mapping[str, Result]):
     totals: Totals
 
     def __getitem__(self, name: str) -> Result:
+        """One result.
+
+        Raises:
+            KeyError: if nothing was computed under this name.
+        """
+        if name not in self.entries:
+            raise KeyError(f"No result {name!r}; there are {list(self.entries)}.")
         return self.entries[name]
+
+    def __repr__(self) -> str:
+        """The results by name, without their numbers."""
+        shown = "".join(f"\n  {name}: {result!r}" for name, result in self.entries.items())
+        return f"Results(count={self.count}, loss={float(self.totals.loss):.6g}){shown}"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -63,7 +76,11 @@ class Results(Mapping[str, Result]):
         return Results({n: r.to(device, dtype) for n, r in self.entries.items()}, self.totals.to(device, dtype))
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write all of them to one safetensors file."""
+        """Write all of them to one safetensors file.
+
+        Raises:
+            FileNotFoundError: if there is no such folder.
+        """
         tensors, headers = {":loss": self.totals.loss}, {}
         for name, result in self.entries.items():
             own, headers[name] = result.state()
@@ -134,6 +151,7 @@ def compute(
         One result for each name, and the loss.
 
     Raises:
+        TypeError: if quantities are no classes by name, or columns or data are not what they should be.
         ValueError: if there is no data, a name is empty or holds ":", or the engine or the likelihood refuses a batch.
 
     Example:
@@ -154,10 +172,11 @@ def compute(
         >>> bool(results["norms"].squares().sum().isclose(results["fisher"].operator().trace()))
         True
     """
-    if any(":" in name or not name for name in quantities):
-        raise ValueError(f"Names of quantities must not be empty or hold ':', got {list(quantities)}.")
+    _check_asked(quantities)
+    if columns is not None and not isinstance(columns, Columns):
+        raise TypeError(_no_columns(columns))
     parameters = Parameters.selected(model, parameters)
-    made = {name: make(parameters) for name, make in quantities.items()}
+    made = {name: _made(name, make, parameters) for name, make in quantities.items()}
     totals = accumulate(
         model,
         parameters,
@@ -174,3 +193,51 @@ def compute(
     )
     with torch.inference_mode(False):  # results are for any use, whoever calls
         return Results({name: quantity.result() for name, quantity in made.items()}, totals)
+
+
+def _check_asked(quantities: Mapping[str, Make]) -> None:
+    """Refuse what is no mapping from names to quantities.
+
+    Raises:
+        TypeError: if there are no names.
+        ValueError: if a name is empty or holds ":".
+    """
+    if not isinstance(quantities, Mapping):
+        raise TypeError(
+            f"Quantities are given by names of your choice, got a {type(quantities).__name__}. For example: "
+            '{"diagonal": GGNDiagonal, "kfac": GGNKronecker}.'
+        )
+    if any(not isinstance(name, str) or ":" in name or not name for name in quantities):
+        raise ValueError(f"Names of quantities must not be empty or hold ':', got {list(quantities)}.")
+
+
+def _made(name: str, make: Make, parameters: Parameters) -> Quantity:
+    """A quantity from its class or from a `partial` of it.
+
+    Raises:
+        TypeError: if it is something else, or its columns are.
+    """
+    kind = getattr(make, "func", make)  # inside of a partial
+    if not callable(make) or (isinstance(kind, type) and not issubclass(kind, Quantity)):
+        given = f"the class {kind.__name__}" if isinstance(kind, type) else f"an object of type {type(make).__name__}"
+        raise TypeError(
+            f"Quantity {name!r} is {given}; expected a class such as GGNDiagonal, or functools.partial(GGNDiagonal, "
+            "columns=...) for settings. Products, ekfac, kfra and hessian_diagonal are calls of their own."
+        )
+    try:
+        quantity = make(parameters)
+    except TypeError as error:
+        raise TypeError(
+            f"Quantity {name!r} cannot be made of the parameters alone ({error}). Expected a class such as "
+            "GGNDiagonal, or functools.partial(GGNDiagonal, columns=...)."
+        ) from error
+    if not isinstance(quantity, Quantity):
+        raise TypeError(f"Quantity {name!r} makes a {type(quantity).__name__}; expected a lapkit.curvature.Quantity.")
+    if quantity.columns is not None and not isinstance(quantity.columns, Columns):
+        raise TypeError(_no_columns(quantity.columns))
+    return quantity
+
+
+def _no_columns(given: object) -> str:
+    """The message for columns that are none."""
+    return f"Columns are an object such as GGN() or MonteCarloGGN(samples=1), got {given!r}."

@@ -131,7 +131,7 @@ class Parameters:
         if bad:
             raise ValueError(
                 f"Parameters {bad} hold NaN or infinite values: training has diverged. "
-                "Train again (a smaller learning rate helps) before fitting."
+                "Train again; a smaller learning rate helps."
             )
 
 
@@ -179,7 +179,16 @@ def borrowed(model: nn.Module, parameters: Parameters) -> Iterator[None]:
 
     Modes of every submodule, `requires_grad` of every parameter and the buffers are restored, also after an
     exception. Frozen weights keep the tape short: it begins where the selection begins.
+
+    Raises:
+        ValueError: if a forward pass would change the weights: an embedding with `max_norm`.
     """
+    rescaled = [name for name, module in model.named_modules() if getattr(module, "max_norm", None) is not None]
+    if rescaled:
+        raise ValueError(
+            f"Modules {rescaled} rescale their own weights in the forward pass (max_norm). Apply the bound once with "
+            "torch.nn.utils or by hand, and set max_norm=None."
+        )
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     buffers = [(name, b, b.detach().clone(), b._version) for name, b in model.named_buffers()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.capture.forward import ForwardFunction
 from lapkit.curvature.capture.self_check import TOLERANCE
-from lapkit.curvature.inputs import can_be_cut, cut, to_device
+from lapkit.curvature.inputs import can_be_cut, cut
 from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.curvature.parameters import Parameters, borrowed
 
@@ -90,7 +90,6 @@ def verify(
     if rows < 1:
         raise ValueError(f"At least one row must be compared, got rows={rows}.")
     parameters = Parameters.selected(model, parameters)
-    x = to_device(x, parameters.device)
     with borrowed(model, parameters):
         engine = Engine(model, parameters, memory_budget=memory_budget, forward_fn=forward_fn, output_axis=output_axis)
         output, jacobian = engine.jacobian(x)

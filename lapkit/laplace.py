@@ -1,4 +1,4 @@
-"""The facade: a trained network in, a posterior over its weights out. Strings become objects here and nowhere else."""
+"""The facade: a trained network in, a posterior over its weights out."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from lapkit.choices import CURVATURES, LIKELIHOODS, PRIOR_STRUCTURES, choice, curvature_structure
 from lapkit.curvature import (
-    GGN,
-    Bernoulli,
-    Categorical,
     Columns,
-    EmpiricalFisher,
     Engine,
     Gaussian,
-    GGNBlocks,
-    GGNDense,
-    GGNDiagonal,
-    GGNKronecker,
     Likelihood,
-    MonteCarloGGN,
     Parameters,
     SymmetricOperator,
     accumulate,
@@ -34,33 +26,27 @@ from lapkit.curvature import (
 )
 from lapkit.curvature.accumulate import EMPTY
 from lapkit.curvature.capture.forward import forward
-from lapkit.curvature.inputs import to_device, unpack
+from lapkit.curvature.inputs import check_batches, to_device, unpack
 from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.posteriors import (
+    LINKS,
     Fit,
     FunctionDistribution,
     GaussianPosterior,
     GaussianPrior,
-    closed_form,
+    Uncertainty,
+    function_samples,
     laplace_posterior,
     linearized,
     log_det_posterior,
+    log_det_ratio,
     log_evidence,
-    monte_carlo,
+    predictive,
+    uncertainty,
 )
 from lapkit.selection import Selection, maximize_evidence
 
-LIKELIHOODS = {"classification": Categorical, "regression": Gaussian, "binary": Bernoulli}
-STRUCTURES = {"diag": GGNDiagonal, "kron": GGNKronecker, "blockdiag": GGNBlocks, "full": GGNDense}
-CURVATURES: dict[str, Columns] = {"ggn": GGN(), "mc": MonteCarloGGN(), "ef": EmpiricalFisher()}
-PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _choice(table: Any, key: Any, what: str) -> Any:
-    if key not in table:
-        raise ValueError(f"Unknown {what} {key!r}. Choose one of {', '.join(map(repr, table))}.")
-    return table[key] if isinstance(table, dict) else key
 
 
 def _fingerprint(model: nn.Module) -> list[int]:
@@ -82,16 +68,24 @@ class Laplace:
         likelihood: "classification", "regression", "binary", or a `Likelihood` object.
         subset_of_weights: "last_layer", "all", or names of parameters or modules. Frozen parameters
             (`requires_grad=False`) are left out.
-        hessian_structure: "kron", "diag", "blockdiag" or "full".
+        hessian_structure: "kron", "diag", "blockdiag", "full", or "lowrank" (ViViT): the full matrix by its columns,
+            `V V^T` with as many of them as there are examples times outputs, for more weights than a full matrix has
+            room for. It is exact unless a rank is given.
         sigma_noise: standard deviation of the observation noise, for "regression".
         prior_precision: one number, one for each parameter tensor, or one for each weight.
         prior_mean: a number or one for each weight.
         temperature: of the likelihood, `p(y|f)^(1/T)`.
         curvature: "ggn" (exact), "mc" (one Monte Carlo column), "ef" (empirical Fisher), or a `Columns` object.
         memory_budget: bytes that intermediates may take; a quarter of what is free by default.
+        rank: of "lowrank": keep only so many columns, the nearest matrix of that rank batch by batch. What is left out
+            makes the posterior wider, never narrower.
+        per_parameter: of "lowrank": the diagonal blocks of single parameters, instead of the whole matrix.
+        space: of "lowrank": "weights" writes V out, "functions" keeps the layers' inputs and cotangents and computes in
+            the space of the outputs; "auto" takes whichever needs less memory.
 
     Raises:
-        ValueError: if a name is unknown, a number is not positive, or nothing can be trained.
+        ValueError: if a name is unknown, a number is not positive, settings do not go together, or nothing can be
+            trained.
 
     Example:
         >>> import torch
@@ -121,6 +115,9 @@ class Laplace:
         temperature: float = 1.0,
         curvature: str | Columns = "ggn",
         memory_budget: int | None = None,
+        rank: int | None = None,
+        per_parameter: bool = False,
+        space: str = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
@@ -134,11 +131,11 @@ class Laplace:
         self.model = model
         self.likelihood: Likelihood = self._likelihood(likelihood, sigma_noise)
         self.subset_of_weights = subset_of_weights if isinstance(subset_of_weights, str) else tuple(subset_of_weights)
-        self.structure = _choice(STRUCTURES, hessian_structure, "hessian_structure")
+        self.structure = curvature_structure(hessian_structure, rank, per_parameter, space)
         self.prior = GaussianPrior(prior_precision, prior_mean)
         self.temperature = temperature
         self.columns: Columns = (
-            curvature if isinstance(curvature, Columns) else _choice(CURVATURES, curvature, "curvature")
+            curvature if isinstance(curvature, Columns) else choice(CURVATURES, curvature, "curvature")
         )
         self.memory_budget = memory_budget
         self._select()  # a subset that names nothing is an error now, not when data come
@@ -152,7 +149,7 @@ class Laplace:
         if isinstance(likelihood, Likelihood):
             chosen = likelihood
         else:
-            kind = _choice(LIKELIHOODS, likelihood, "likelihood")
+            kind = choice(LIKELIHOODS, likelihood, "likelihood")
             if kind is Gaussian:
                 return Gaussian(sigma_noise)
             chosen = kind()
@@ -192,13 +189,12 @@ class Laplace:
                 other.
             RuntimeError: if the model's Jacobian cannot be captured.
         """
+        check_batches(train_loader)
         batches = iter(train_loader)
         parameters, data = self._select(), batches
         if parameters is None:
             first = list(islice(batches, 1))
-            if not first:
-                raise ValueError(EMPTY)
-            parameters, data = self._find_last_layer(first[0]), chain(first, batches)
+            parameters, data = self.select(first), chain(first, batches)
         self.prior.shift(parameters)  # a prior of impossible length is an error before the work, not after
         self.prior.centre(parameters)
         quantity = self.structure(parameters)
@@ -229,11 +225,27 @@ class Laplace:
         self._fitted_to = _fingerprint(self.model)
         return self
 
-    def _find_last_layer(self, batch: Any) -> Parameters:
+    def select(self, batches: Iterable[Any]) -> Parameters:
+        """The weights that the approximation is over; the last layer is found by running the model on the first batch.
+
+        Args:
+            batches: as for `fit`.
+
+        Returns:
+            The weights.
+
+        Raises:
+            ValueError: if there is no batch.
+        """
+        parameters = self._select()
+        if parameters is not None:
+            return parameters
         trainable = Parameters.of(self.model)
-        x = to_device(unpack(batch, 0)[0], trainable.device)
-        with borrowed(self.model, trainable):
-            return last_layer(forward(self.model, x, trainable), trainable)
+        for batch in batches:
+            x = to_device(unpack(batch, 0)[0], trainable.device)
+            with borrowed(self.model, trainable):
+                return last_layer(forward(self.model, x, trainable), trainable)
+        raise ValueError(EMPTY)
 
     @property
     def fitted(self) -> Fit:
@@ -322,7 +334,7 @@ class Laplace:
     @property
     def log_det_ratio(self) -> Tensor:
         """`log det` of the posterior precision minus that of the prior precision."""
-        return self.log_det_posterior_precision - self.log_det_prior_precision
+        return log_det_ratio(self.fitted, self.likelihood, self.prior, self.temperature)
 
     def log_marginal_likelihood(
         self, prior_precision: float | Tensor | None = None, sigma_noise: float | Tensor | None = None
@@ -367,8 +379,8 @@ class Laplace:
             RuntimeError: before `fit`.
             ValueError: if a name is unknown, or there is no noise to tune.
         """
-        _choice(("marglik",), method, "method")
-        _choice(PRIOR_STRUCTURES, prior_structure, "prior_structure")
+        choice(("marglik",), method, "method")
+        choice(PRIOR_STRUCTURES, prior_structure, "prior_structure")
         parameters = self.fitted.parameters
         groups = {"scalar": 1, "layerwise": len(parameters.sizes), "diag": parameters.numel}[prior_structure]
         found = maximize_evidence(
@@ -428,10 +440,12 @@ class Laplace:
             x: a batch of inputs.
             pred_type: "glm".
             joint: for regression, the covariance between all inputs too, `(N C, N C)`.
-            link_approx: for classes, "probit" (closed form) or "mc" (samples of the outputs).
-            n_samples: for "mc".
+            link_approx: for classes: "probit", "probit_centered" (blind to what all logits share, as the softmax is),
+                "mean_field", "bridge", "bridge_norm" (closed forms), "gauss_hermite" (exact, for two classes), "mc" or
+                "qmc" (samples of the outputs, independent or from a Sobol sequence).
+            n_samples: for "mc" and "qmc".
             diagonal_output: for regression, only the variances `(N, C)`.
-            generator: for "mc", the only source of randomness.
+            generator: for "mc" and "qmc", the only source of randomness.
 
         Returns:
             For classes, probabilities `(N, C)`. For regression, the outputs' mean `(N, C)` and covariance `(N, C,
@@ -441,8 +455,8 @@ class Laplace:
             RuntimeError: before `fit`, or if the network's weights have changed since.
             ValueError: if a name is unknown, or `joint` is asked for classes.
         """
-        _choice(("glm",), pred_type, "pred_type")
-        _choice(("probit", "mc"), link_approx, "link_approx")
+        choice(("glm",), pred_type, "pred_type")
+        link = choice(LINKS, link_approx, "link_approx")
         regression = isinstance(self.likelihood, Gaussian)
         if joint:
             if not regression:
@@ -451,9 +465,7 @@ class Laplace:
         f = self.function_distribution(x)
         if regression:
             return f.mean, f.variance if diagonal_output else f.covariance
-        if link_approx == "mc":
-            return monte_carlo(self.likelihood, f, n_samples, generator)
-        return self.likelihood.expectation(f.mean, f.covariance)
+        return link(self.likelihood, f, n_samples, generator)
 
     def _joint(self, x: Any) -> tuple[Tensor, Tensor]:
         """Mean and covariance of the outputs of all inputs together, inputs first."""
@@ -461,27 +473,71 @@ class Laplace:
         engine = self._checked_engine()
         with borrowed(self.model, engine.parameters):
             mean, jacobian = engine.jacobian(to_device(x, engine.parameters.device))
-        rows = jacobian.to_dense().transpose(0, 1).flatten(0, 1)  # (N C, P)
-        half = precision.inverse_root(rows.T)
-        return summable(mean.flatten()), half.T @ half
+        covariance = precision.inverse_gram(jacobian).permute(1, 0, 3, 2)  # (N, C, N, C)
+        return summable(mean.flatten()), covariance.reshape(mean.numel(), mean.numel())
 
-    def predictive_distribution(self, x: Any) -> Distribution:
-        """`p(y|x)` in closed form, observation noise included.
+    def predictive_distribution(
+        self, x: Any, link_approx: str = "probit", n_samples: int = 100, generator: torch.Generator | None = None
+    ) -> Distribution:
+        """`p(y|x)`, observation noise included.
 
         Args:
             x: a batch of inputs.
+            link_approx: for classes, as for predictions.
+            n_samples: of "mc" and "qmc".
+            generator: of "mc" and "qmc".
 
         Returns:
             `Categorical`, independent `Bernoulli` or `MultivariateNormal` of `torch.distributions`.
 
         Raises:
             RuntimeError: before `fit`, or if the network's weights have changed since.
+            ValueError: if the link is unknown.
         """
-        return closed_form(self.likelihood, self.function_distribution(x))
+        link = choice(LINKS, link_approx, "link_approx")
+        return predictive(self.likelihood, self.function_distribution(x), link, n_samples, generator)
 
-    def functional_samples(self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
-        """Samples of the outputs f, `(S, N, C)`, independent between inputs."""
-        return self.function_distribution(x).sample(n_samples, generator)
+    def uncertainty(self, x: Any, n_samples: int = 512, generator: torch.Generator | None = None) -> Uncertainty:
+        """How much of the predictive uncertainty is the weights' (epistemic) and how much the data's (aleatoric).
+
+        Args:
+            x: a batch of inputs.
+            n_samples: for more than two classes, quasi-Monte Carlo samples of the outputs.
+            generator: of these.
+
+        Returns:
+            For classes expected entropy and mutual information, in nats; for other targets, variances. `total` adds
+            them.
+
+        Raises:
+            RuntimeError: before `fit`, or if the network's weights have changed since.
+            TypeError: if the split is not known for the likelihood.
+        """
+        return uncertainty(self.likelihood, self.function_distribution(x), n_samples, generator)
+
+    def functional_samples(
+        self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None, *, joint: bool = False
+    ) -> Tensor:
+        """Samples of the outputs f of the linearised network.
+
+        Args:
+            x: a batch of inputs.
+            n_samples: how many, S.
+            generator: the only source of randomness.
+            joint: draw whole functions, in which the outputs of all inputs vary together, not each input by itself.
+
+        Returns:
+            `(S, N, C)`.
+
+        Raises:
+            RuntimeError: before `fit`, or if the network's weights have changed since.
+        """
+        if not joint:
+            return self.function_distribution(x).sample(n_samples, generator)
+        deviations = self.posterior.sample(n_samples, generator) - self.mean
+        engine = self._checked_engine()
+        with borrowed(self.model, engine.parameters):
+            return function_samples(engine, x, deviations)
 
     def predictive_samples(self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
         """Samples of the mean of y: class probabilities, or f for regression, `(S, N, C)`."""

@@ -37,6 +37,29 @@ def obd_saliency(la: Laplace) -> Scores:
     return _by_module(la.model, fit.parameters.split(saliency))
 
 
+def obs_saliency(la: Laplace) -> Scores:
+    """Optimal brain surgeon: `w_i^2 / (2 [P^-1]_ii)`, the rise if all other weights make up for the loss of one.
+
+    P is the posterior precision: the curvature, and the prior that makes it invertible. No score exceeds that of
+    optimal brain damage for the same matrix. Vectors are left out.
+
+    Args:
+        la: fitted, on all weights that may be pruned.
+
+    Returns:
+        Scores as of `obd_saliency`.
+
+    Raises:
+        RuntimeError: before `fit`.
+
+    Reference:
+        Hassibi and Stork, Second order derivatives for network pruning: optimal brain surgeon, 1992; Dangel,
+        Backpropagation Beyond the Gradient, eq. (3.34c).
+    """
+    posterior = la.posterior
+    return _by_module(la.model, la.fitted.parameters.split(posterior.mean.square() / (2 * posterior.variance)))
+
+
 def magnitude_saliency(model: nn.Module) -> Scores:
     """The absolute value of each weight, the usual baseline; vectors are left out.
 

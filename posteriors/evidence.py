@@ -16,8 +16,18 @@ def log_det_posterior(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, te
     In this form what a structure knows of H (its eigenvalues) serves for every scale and every scalar prior.
     """
     scale = torch.as_tensor(fit.curvature_scale(likelihood, temperature), dtype=fit.curvature.dtype)
-    shift = prior.shift(fit.parameters) / scale
-    return fit.curvature.size * scale.log() + fit.curvature.shifted_logdet(shift)
+    shift = prior.values(fit.parameters) / scale
+    return fit.curvature.size * scale.log() + fit.curvature.shifted_logdet(shift, fit.parameters.sizes)
+
+
+def log_det_ratio(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, temperature: float = 1.0) -> Tensor:
+    """`log det(scale * H + diag(delta)) - log det diag(delta)`: what the data add to the prior's log determinant.
+
+    It is bounded by what the data can tell, whatever the number of weights: the difference of the two logarithms, each
+    of which grows with that number, would lose its digits.
+    """
+    scale = torch.as_tensor(fit.curvature_scale(likelihood, temperature), dtype=fit.curvature.dtype)
+    return fit.curvature.logdet_ratio(prior.values(fit.parameters) / scale, fit.parameters.sizes)
 
 
 def log_evidence(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, temperature: float = 1.0) -> Tensor:
@@ -38,9 +48,6 @@ def log_evidence(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, tempera
         MacKay, A practical Bayesian framework for backpropagation networks, 1992, eq. (2.10); Dangel, Backpropagation
         Beyond the Gradient, eq. (2.19) and (3.32).
     """
-    complexity = (
-        prior.scatter(fit.parameters, fit.mean)
-        + log_det_posterior(fit, likelihood, prior, temperature)
-        - prior.logdet(fit.parameters)
-    )
+    scatter = prior.scatter(fit.parameters, fit.mean)
+    complexity = scatter + log_det_ratio(fit, likelihood, prior, temperature)
     return fit.log_likelihood(likelihood, temperature) - complexity / 2

@@ -84,4 +84,4 @@ def laplace_posterior(
         The posterior over the fitted weights.
     """
     scaled = fit.curvature.scale(fit.curvature_scale(likelihood, temperature))
-    return GaussianPosterior(fit.mean, scaled.shift(prior.shift(fit.parameters)))
+    return GaussianPosterior(fit.mean, scaled.shift(prior.values(fit.parameters), fit.parameters.sizes))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lapkit.curvature.operators.operator import spread
 from lapkit.curvature.parameters import Parameters
 
 
@@ -44,8 +45,8 @@ class GaussianPrior:
         if mean.ndim > 1 or not torch.isfinite(mean).all():
             raise ValueError(f"A prior mean is a finite number or vector, got shape {tuple(mean.shape)}: {mean}.")
 
-    def shift(self, parameters: Parameters) -> Tensor:
-        """The precision as one number `()` or one for each weight `(P,)`, in the weights' type and place.
+    def values(self, parameters: Parameters) -> Tensor:
+        """The precision as it was given, in the weights' place: one number `()`, `(L,)` or `(P,)`.
 
         Args:
             parameters: the weights that the prior is over.
@@ -59,15 +60,17 @@ class GaussianPrior:
         precision = _beside(parameters, self.precision)
         if precision.numel() == 1:
             return precision.reshape(())
-        if len(precision) == len(parameters.sizes):
-            sizes = torch.tensor(parameters.sizes, device=precision.device)
-            return precision.repeat_interleave(sizes)
-        if len(precision) == parameters.numel:
+        if len(precision) in (len(parameters.sizes), parameters.numel):
             return precision
         raise ValueError(
             f"Expected 1 prior precision, {len(parameters.sizes)} (one for each parameter tensor) or "
             f"{parameters.numel} (one for each weight), got {len(precision)}."
         )
+
+    def shift(self, parameters: Parameters) -> Tensor:
+        """The precision as one number `()` or one for each weight `(P,)`; see `values`."""
+        values = self.values(parameters)
+        return spread(values, parameters.sizes) if values.shape == (len(parameters.sizes),) else values
 
     def centre(self, parameters: Parameters) -> Tensor:
         """The mean as one number `()` or one for each weight `(P,)`, in the weights' type and place.

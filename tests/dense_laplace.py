@@ -16,7 +16,7 @@ from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
 
 KINDS = ("classification", "regression", "binary")
-STRUCTURES = ("diag", "kron", "blockdiag", "full")
+STRUCTURES = ("diag", "kron", "blockdiag", "full", "lowrank")
 NETS = ("mlp", "cnn")
 
 EXAMPLES = 13
@@ -126,7 +126,7 @@ class Problem:
     def keep(self, structure, H, names=None):
         """The part of a dense matrix that a structure keeps. For kron the blocks of weights are replaced."""
         names = names or self.all
-        if structure == "full":
+        if structure in ("full", "lowrank"):
             return H
         if structure == "diag":
             return H.diagonal().diag()

@@ -23,7 +23,8 @@ from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, Ne
 from lapkit.curvature.jacobians.sum_jacobian import combined
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.rules.table import FromCotangent, closed_form
+from lapkit.curvature.rules.site import FromCotangent, Site
+from lapkit.curvature.rules.table import closed_form
 
 Consume = Callable[[str, LayerJacobian], None]
 
@@ -60,6 +61,7 @@ class Backprop:
         self.output, self.graph, self.layouts = output, graph, layouts
         self.parameters, self.budget = parameters, budget
         self.examples = len(output)
+        self.returned_shape = output.shape  # the engine puts that of the outputs before they took this form
         self.may_batch = True  # cleared where an operation fails under vmap
         self.uses: dict[Node, list[Use]] = defaultdict(list)
         self.count: dict[str, int] = defaultdict(int)
@@ -70,13 +72,14 @@ class Backprop:
         self.tensors = dict(zip(parameters.names, parameters.tensors, strict=True))
         self.rules = {use: self._rule(use) for use in uses}
         self.requested = graph.roots(self.uses) if internals.CAN_UNBATCH else list(self.uses)
+        self.hooked = list(self.uses.keys() - set(self.requested))
 
     def _rule(self, use: Use) -> FromCotangent | None:
         layouts = self.layouts[use.node]
         if set(layouts) != {0}:
             return None
-        leaf = self.graph.leaves[use.parameter]
-        return closed_form(use, layouts[0], self.examples, self.tensors[use.parameter], leaf, self.budget)
+        parameter, leaf = self.tensors[use.parameter], self.graph.leaves[use.parameter]
+        return closed_form(Site(use, layouts[0], self.examples, parameter, leaf, self.budget))
 
     def local_jacobian(self, use: Use, cotangents: Arrived, *, together: bool) -> DenseJacobian:
         """One use's Jacobian where there is no closed form."""
@@ -147,7 +150,6 @@ class Backprop:
     def _pass(self, columns: Tensor, arrive: Callable[[Node, Arrived], None], *, together: bool) -> None:
         """One backward pass of `(K, N, *, C)`: all at once under vmap, or a single one."""
         count = len(columns)
-        hooked = [n for n in self.uses if n not in set(self.requested)] if internals.CAN_UNBATCH else []
 
         def prehook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
             def hook(cotangents: tuple[Tensor | None, ...]) -> None:
@@ -160,7 +162,7 @@ class Backprop:
         def backward(column: Tensor) -> tuple[Tensor, ...]:
             return torch.autograd.grad(self.output, edges, column, retain_graph=True, materialize_grads=True)
 
-        handles = [n.register_prehook(prehook(n)) for n in hooked]
+        handles = [n.register_prehook(prehook(n)) for n in self.hooked]
         try:
             if together:
                 with warnings.catch_warnings():

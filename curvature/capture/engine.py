@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from lapkit.curvature.capture.backprop import Backprop, Plan
 from lapkit.curvature.capture.forward import ForwardFunction, canonical, run
-from lapkit.curvature.capture.irregular import IrregularLayout
+from lapkit.curvature.capture.irregular import BASE
 from lapkit.curvature.capture.known import Known
-from lapkit.curvature.capture.layout import AnyLayout, Layout, Probe, probe, resolve
+from lapkit.curvature.capture.layout import Layouts, Probe, of_one, probe, resolve
 from lapkit.curvature.capture.self_check import check_examples_apart, check_same, contraction_errors
 from lapkit.curvature.capture.steady import holds_for_others
 from lapkit.curvature.capture.tape import Graph, Use
@@ -23,31 +22,19 @@ from lapkit.curvature.jacobians.jacobian import NetworkJacobian, summable
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.parameters import Parameters, unwrapped
 
-FEW = 8  # examples that suffice to read and verify a pass: the probe tells so many apart at once
 
-
-def _check_supported(model: nn.Module, parameters: Parameters) -> None:
-    """Refuse what would change the weights or die half way.
+def _check_types(parameters: Parameters) -> None:
+    """Refuse weights of several types, whose curvature no single tensor holds.
 
     Raises:
-        ValueError: if an embedding rescales its own weights, or parameters have different types.
+        ValueError: if there are any.
     """
-    rescaled = [name for name, module in model.named_modules() if getattr(module, "max_norm", None) is not None]
-    if rescaled:
-        raise ValueError(
-            f"Modules {rescaled} rescale their own weights in the forward pass (max_norm). Apply the bound once with "
-            "torch.nn.utils or by hand, and set max_norm=None."
-        )
     types = {summable(p[:0] if p.ndim else p).dtype for p in parameters.tensors}
     if len(types) > 1:
         raise ValueError(
             f"The selected parameters are of types {sorted(map(str, types))}. Convert the model to one of them: "
             "model.to(torch.float32)."
         )
-
-
-def _of_one(layout: AnyLayout) -> Layout:
-    return Layout(layout.axis) if isinstance(layout, IrregularLayout) else layout
 
 
 class Engine:
@@ -65,7 +52,7 @@ class Engine:
         output_axis: the axis of classes or channels in the outputs.
 
     Raises:
-        ValueError: if an embedding rescales its own weights, or parameters have different types.
+        ValueError: if parameters have different types.
     """
 
     def __init__(
@@ -78,10 +65,9 @@ class Engine:
         output_axis: int | None = None,
     ) -> None:
         self.model, self.parameters = unwrapped(model), parameters
-        _check_supported(self.model, parameters)
+        _check_types(parameters)
         self.forward_fn, self.output_axis = forward_fn, output_axis
         self.budget = default_budget(parameters.device) if memory_budget is None else memory_budget
-        self.shape = torch.Size()  # of the last outputs, as the model returned them
         self.unreached = set(parameters.names)  # parameters that no output has depended on so far
         self._together = True  # until an operation fails under vmap
         self._known: dict[tuple[object, ...], list[Known]] = defaultdict(list)
@@ -100,13 +86,19 @@ class Engine:
             ValueError: if outputs have a wrong shape or are not finite, or examples influence each other.
             RuntimeError: if the captured Jacobians do not reproduce autograd's gradient.
         """
-        output = self.outputs(x)
+        returned = self._returned(x)
+        backprop = self._read(x, canonical(returned, self.output_axis))
+        backprop.returned_shape = returned.shape
+        return backprop
+
+    def _read(self, x: Any, output: Tensor) -> Backprop:
+        """The tape of a pass, from memory where its kind is known."""
         graph = Graph(output, self.parameters)
         self.unreached.difference_update(graph.leaves)
         key = self._kind(x, output, graph)
         known = self._recall(key, graph, len(output))
-        if known is None and len(output) > FEW and not graph.routes_by_data() and can_be_cut(x, len(output)):
-            self._study_few(cut(x, slice(FEW)), key)
+        if known is None and len(output) > BASE and not graph.routes_by_data() and can_be_cut(x, len(output)):
+            self._study_few(cut(x, slice(BASE)), key)
             known = self._recall(key, graph, len(output))
         if known is None:
             return self._study(x, output, graph, key)
@@ -123,19 +115,21 @@ class Engine:
         return graph.signature(), tuple(output.shape[1:]), len(output) == 1, shapes_of_one(x, len(output))
 
     def _study_few(self, few: Any, key: tuple[object, ...]) -> None:
-        """Read and verify the first few examples alone, if their pass is of the same kind: a fraction of the cost."""
+        """Read and verify as many examples as one probe tells apart, if their pass is of the same kind.
+
+        A fraction of the cost for all of them.
+        """
         try:
             output = self.outputs(few)
             graph = Graph(output, self.parameters)
         except Exception:  # a model for batches of a certain size: then the whole batch is studied
             return
-        if len(output) == FEW and self._kind(few, output, graph) == key:
+        if len(output) == BASE and self._kind(few, output, graph) == key:
             self._study(few, output, graph, key)
 
     def _study(self, x: Any, output: Tensor, graph: Graph, key: tuple[object, ...]) -> Backprop:
         """Read a pass of a new kind, verify it, and remember what was found where it will hold for others."""
-        uses, found = self._resolve_one(x, output, graph) or self._resolve(x, output, graph)
-        layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
+        uses, layouts, found = self._resolve_one(x, output, graph) or self._resolve(x, output, graph)
         backprop = Backprop(output, graph, uses, layouts, self.parameters, self.budget)
         backprop.may_batch = self._verify(backprop, found)
         steady = found.certain and can_be_cut(x, len(output)) and not graph.routes_by_data()
@@ -169,6 +163,14 @@ class Engine:
             ValueError: if inputs or outputs are refused, or the model changes its inputs.
             TypeError: if they are of a wrong type.
         """
+        return canonical(self._returned(x), self.output_axis)
+
+    def _returned(self, x: Any) -> Any:
+        """What the model returns for `x`.
+
+        Raises:
+            ValueError: if it changes its inputs, or squeezes the axis of the examples away.
+        """
         x = to_device(x, self.parameters.device)
         versions = [t._version for t in tensors(x)]
         returned = run(self.model, x, self.parameters, self.forward_fn)
@@ -182,15 +184,13 @@ class Engine:
                 f"The model returned outputs {tuple(returned.shape)} for a single example: it squeezes the axis of the "
                 "examples away. Name the axis, as in squeeze(-1), or use flatten(1)."
             )
-        output = canonical(returned, self.output_axis)
-        self.shape = returned.shape
-        return output
+        return returned
 
-    def _resolve(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Probe]:
+    def _resolve(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Layouts, Probe]:
         check_examples_apart(self.model, x, output, self.outputs)
         return resolve(graph, output, self.parameters.tensors)
 
-    def _resolve_one(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Probe] | None:
+    def _resolve_one(self, x: Any, output: Tensor, graph: Graph) -> tuple[list[Use], Layouts, Probe] | None:
         """A single example is read as two copies of it would be, if the model runs on them in the same way.
 
         Alone it would look unmixed everywhere, and its weights could be given another form than those of other batches.
@@ -210,13 +210,10 @@ class Engine:
         other = Graph(twice, self.parameters)
         if other.signature() != graph.signature():
             return None
-        uses, found = resolve(other, twice, self.parameters.tensors)
-        layouts = {node: layout for node, layout in found.layouts.items() if layout is not None}
+        uses, layouts, _ = resolve(other, twice, self.parameters.tensors)
         uses, layouts = Known.of(other, uses, layouts, 2, together=False).found_in(graph)
-        # All of a single example's positions are its own, in whatever order those of two would stand.
-        layouts = {node: {o: _of_one(layout) for o, layout in at.items()} for node, at in layouts.items()}
-        alone = probe(output, layouts, self.parameters.tensors, graph)
-        return uses, replace(alone, layouts={**layouts})
+        layouts = {node: {o: of_one(layout) for o, layout in at.items()} for node, at in layouts.items()}
+        return uses, layouts, probe(output, layouts, self.parameters.tensors, graph)
 
     def _verify(self, backprop: Backprop, found: Probe) -> bool:
         """Whether columns may go together, checked against autograd; one by one is the last resort.

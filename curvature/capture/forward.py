@@ -73,6 +73,7 @@ def forward(
     *,
     forward_fn: ForwardFunction | None = None,
     output_axis: int | None = None,
+    y: Tensor | None = None,
 ) -> Tensor:
     """The model's outputs as `(N, C)`, or `(N, T, C)` where every example has outputs at T positions.
 
@@ -85,16 +86,21 @@ def forward(
         parameters: the selection, for its dtype.
         forward_fn: `forward_fn(model, x)` to be called instead.
         output_axis: the axis of classes or channels; the last one of up to three axes and 1 of more by default.
+        y: targets, which must stand at the positions of the outputs.
 
     Returns:
         Outputs with their graph.
 
     Raises:
         TypeError: if the inputs' type does not suit the weights, or outputs are no floating tensor.
-        ValueError: if outputs have a wrong shape, or they or the inputs are not finite.
+        ValueError: if outputs have a wrong shape or not that of the targets, or they or the inputs are not finite.
         RuntimeError: if the model itself fails, as it does.
     """
-    return canonical(run(model, x, parameters, forward_fn), output_axis)
+    returned = run(model, x, parameters, forward_fn)
+    output = canonical(returned, output_axis)
+    if y is not None:
+        check_positions(returned.shape, output_axis, y)
+    return output
 
 
 def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFunction | None = None) -> Any:

@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.graph import Node
 
-from lapkit.curvature.capture.layout import AnyLayout
+from lapkit.curvature.capture.layout import AnyLayout, Layouts
 from lapkit.curvature.capture.tape import Graph, Use
-
-Layouts = dict[Node, dict[int, AnyLayout]]
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ class Layout:
 
 
 AnyLayout = Layout | IrregularLayout
+Layouts = dict[Node, dict[int, AnyLayout]]  # by node and number of its output
+
+
+def of_one(layout: AnyLayout) -> Layout:
+    """For a single example, whose positions are all its own, in whatever order those of two would stand."""
+    return Layout(layout.axis) if isinstance(layout, IrregularLayout) else layout
 
 
 @dataclass(frozen=True)
@@ -71,14 +77,14 @@ class Probe:
     gradients: Sequence[Sequence[Tensor]]  # of sum_n r_n u_n f_n, for each of the factors
 
 
-def probe(output: Tensor, nodes: Iterable[Node], parameters: Sequence[Tensor], numbers: Graph) -> Probe:
+def probe(output: Tensor, nodes: Iterable[Node], parameters: Sequence[Tensor], graph: Graph) -> Probe:
     """Find the layout of the examples in the cotangents of `nodes`.
 
     Args:
         output: the model's output `(N, *, C)` with its graph.
         nodes: the nodes asked about.
         parameters: leaves whose gradient is wanted; the backward passes run down to them.
-        numbers: the graph, which knows which outputs of a node are used.
+        graph: the tape, which knows which outputs of a node are used.
 
     Returns:
         Layouts and the reference gradients.
@@ -94,7 +100,7 @@ def probe(output: Tensor, nodes: Iterable[Node], parameters: Sequence[Tensor], n
     for node in wanted:
         found: dict[int, AnyLayout] = {}
         layouts[node] = found
-        for number in sorted(numbers.outputs[node]):
+        for number in sorted(graph.outputs[node]):
             one = first[node][number]
             if one is None:  # autograd knows this cotangent to be zero
                 continue
@@ -119,7 +125,7 @@ def _layout(one: Tensor, scaled: list[Tensor], factors: Sequence[Tensor]) -> tup
     if one.ndim and one.numel() and not one.any():  # nothing arrives, but rows have gone in and count
         even = len(one) % len(factors[0]) == 0
         return (Layout(0) if even else IrregularLayout(0, torch.zeros(len(one), dtype=torch.long))), False
-    for noise in (0, 2):
+    for noise in (0, 2):  # exactly, or up to sums in another order
         candidates = _candidates(one, scaled, factors, noise)
         if candidates:
             rows = _rows(one, scaled, len(factors[0]), noise) if candidates[0].axis else None
@@ -190,7 +196,7 @@ def _candidates(one: Tensor, scaled: list[Tensor], factors: Sequence[Tensor], no
     return [layout for layout in between if fits(layout)]
 
 
-def resolve(graph: Graph, output: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Use], Probe]:
+def resolve(graph: Graph, output: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Use], Layouts, Probe]:
     """Each parameter's uses: the nodes nearest to it whose cotangent keeps examples apart.
 
     What lies below such a node and above the parameter is the parameter's own business (a transpose, a merged
@@ -202,7 +208,7 @@ def resolve(graph: Graph, output: Tensor, parameters: Sequence[Tensor]) -> tuple
         parameters: the selected leaves.
 
     Returns:
-        The uses and the layouts at their nodes.
+        The uses, the layouts at their nodes, and the last probe.
 
     Raises:
         ValueError: if the examples are mixed all the way up to the output.
@@ -213,7 +219,8 @@ def resolve(graph: Graph, output: Tensor, parameters: Sequence[Tensor]) -> tuple
         mixed = {u for u in uses if result.layouts[u.node] is None}
         if not mixed:
             order = {node: i for i, node in enumerate(graph.nodes)}
-            return sorted(uses, key=lambda u: (order[u.node], u.slot, u.parameter)), result
+            layouts = {node: layout for node, layout in result.layouts.items() if layout is not None}
+            return sorted(uses, key=lambda u: (order[u.node], u.slot, u.parameter)), layouts, result
         for use in mixed:
             higher = graph.above(use.parameter, use.node)
             if not higher:

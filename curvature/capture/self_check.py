@@ -18,6 +18,11 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2, torch.float16: 1e-1, torc
 
 SAME = {torch.float64: 1e-8, torch.float32: 1e-4}  # outputs of one example in two batches, where there is no TF32
 
+ACCIDENT = (
+    " If the first axis of an input counts something else, such as the vertices of graphs, and is as long by accident, "
+    "use batches of another size."
+)
+
 
 def contraction_errors(backprop: Backprop, found: Probe, plan: Plan) -> dict[str, float]:
     """Relative errors of `sum_n r_n J_n^T u_n` against autograd's gradient, where they are too large.
@@ -61,7 +66,7 @@ def check_examples_apart(model: nn.Module, x: Any, output: Tensor, run: Callable
         run: the forward pass.
 
     Raises:
-        ValueError: if the outputs of an example depend on which other examples stand in the batch.
+        ValueError: if the outputs of an example depend on which other examples stand in the batch, or on chance.
     """
     examples = len(output)
     if examples == 1:
@@ -69,22 +74,28 @@ def check_examples_apart(model: nn.Module, x: Any, output: Tensor, run: Callable
         return
     half = examples // 2
     index = torch.full((examples,), 0 if half > 1 else half)
-    index[::2] = torch.arange(half, half + len(index[::2]))
-    others = list(_rearranged(x, index, examples)) if half else []
+    index[::2] = torch.arange(half, examples)
+    others = list(_rearranged(x, index, examples))
+    if not others:
+        return
     for other in others:
         try:
             again = run(other)  # with a graph, like the first time: without one, attention takes another path
         except Exception:  # not valid in this order, such as a batch sorted by length: nothing is known from it
             return
-        if again.shape != output.shape or same(again[::2], output[half : half + len(index[::2])]):
+        if again.shape != output.shape or same(again[::2], output[half:]):
             return
-    if not others:
-        return
+    if not same(run(x), output):
+        raise ValueError(
+            "The model draws random numbers in eval mode: two passes over one batch have different outputs. Make its "
+            "forward pass deterministic, such as dropout(x, p, training=self.training) without training=True."
+        )
     culprit = _first_mixing_module(model, run, x, others[0], examples)
+    accident = "" if isinstance(x, Tensor) else ACCIDENT
     raise ValueError(
-        f"The output of an example changes with the other examples in its batch{culprit}, so a posterior over "
-        "independent examples is not defined. Batch statistics are the usual cause: use track_running_stats=True and "
-        "eval mode, or another normalisation."
+        f"The output of an example changes with the other examples in its batch{culprit}, and curvature is a sum over "
+        "independent examples. Batch statistics are the usual cause: use track_running_stats=True and eval mode, or "
+        f"another normalisation.{accident}"
     )
 
 
@@ -142,7 +153,7 @@ def _first_mixing_module(model: nn.Module, run: Callable[[Any], Tensor], x: Any,
     def hook(module: nn.Module, _: Any, out: Any) -> None:
         if isinstance(out, Tensor) and not out.is_nested and examples in out.shape:
             kept = out.detach().clone().movedim(out.shape.index(examples), 0)
-            kept = kept[half : half + len(kept[::2])] if len(records) == 1 else kept[::2]
+            kept = kept[half:] if len(records) == 1 else kept[::2]
             records[-1].append((f"{names[module] or 'the model'!s} ({type(module).__name__})", kept))
 
     handles = [module.register_forward_hook(hook) for module in names]

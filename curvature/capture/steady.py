@@ -7,7 +7,6 @@ Any other graph is read and verified anew for every batch: slower, never wrong.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from lapkit.curvature.capture import internals
-from lapkit.curvature.capture.tape import Graph, Use
+from lapkit.curvature.capture.tape import Graph, Use, operation
 
 ELEMENTWISE = """
     Abs Acos Add Addcdiv Addcmul Alias Asin Atan Celu Clamp ClampMax ClampMin Clone Cos Cosh Div Elu Erf Erfc Exp Expm1
@@ -68,7 +67,7 @@ def holds_for_others(graph: Graph, uses: Iterable[Use], own: set[int], examples:
     Returns:
         False if anything on the tape might move examples as the data says.
     """
-    if not all(_base(node) in STEADY or _base(node).startswith(FAMILIES) for node in graph.nodes):
+    if not all(operation(node) in STEADY or operation(node).startswith(FAMILIES) for node in graph.nodes):
         return False
     if any(_exchanges(node) for node in graph.nodes):
         return False
@@ -82,36 +81,30 @@ def holds_for_others(graph: Graph, uses: Iterable[Use], own: set[int], examples:
     return not any(_moved_by_data(node, carrying, own, examples) for node in carrying)
 
 
-def _base(node: Node) -> str:
-    """The operation's name without what autograd adds; a user's own function keeps its name and is never known."""
-    return re.sub(r"Backward\d+$", "", node.name())
-
-
 def _exchanges(node: Node) -> bool:
     """Whether examples that stand along the first axis are turned round, perhaps for some batches only."""
-    if _base(node) not in ("Flip", "Roll"):
+    if operation(node) not in ("Flip", "Roll"):
         return False
     return 0 in (internals.saved(node, "dims") or (0,))
 
 
 def _moved_by_data(node: Node, carrying: set[Node], own: set[int], examples: int) -> bool:
     """Whether activations meet an operand from the data that could exchange examples, such as a permutation matrix."""
-    base = _base(node)
-    if base == "Embedding":  # activations as the table
+    kind = operation(node)
+    if kind == "Embedding":  # activations as the table
         return node.next_functions[0][0] in carrying
-    if base.startswith("ScaledDotProduct"):
+    if kind.startswith("ScaledDotProduct"):
         return internals.shape_at(node, 0)[0] % examples != 0
-    if base in MASKS:
-        operands = (internals.saved(node, name) for name in MASKS[base])
+    if kind in MASKS:
+        operands = (internals.saved(node, name) for name in MASKS[kind])
         return any(_from_data(o, own) and _two_axes(o, examples) for o in operands)
-    pair = PAIRS.get(base)
+    pair = PAIRS.get(kind)
     if pair is None:
         return False
     for (slot, name), (other, _) in (pair, pair[::-1]):
         if node.next_functions[slot][0] is not None or node.next_functions[other][0] not in carrying:
             continue
-        operand = internals.saved(node, name)
-        if _from_data(operand, own):
+        if _from_data(internals.saved(node, name), own):
             return True
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ PLACES = {
 WRITING = ("IndexAdd", "IndexPut", "IndexCopy", "Scatter", "MaskedScatter")
 
 
+def operation(node: Node) -> str:
+    """The operation's name without what autograd adds; a user's own function keeps its name."""
+    return re.sub(r"Backward\d+$", "", node.name())
+
+
 @dataclass(frozen=True)
 class Use:
     """One place where a parameter meets the data: operand `slot` of the autograd node `node`."""
@@ -63,7 +69,8 @@ def never_used(names: Sequence[str]) -> str:
     """The message for parameters that outputs do not depend on."""
     return (
         f"The forward pass never uses the selected parameters {list(names)}, so they have no curvature. "
-        "Leave them out: parameter.requires_grad_(False), or name the others in subset_of_weights."
+        "Leave them out: parameter.requires_grad_(False), or name the others (parameters=[...] of compute, "
+        "subset_of_weights=[...] of Laplace)."
     )
 
 
@@ -92,7 +99,21 @@ class Graph:
         self.consumers: dict[Node, list[tuple[Node, int]]] = defaultdict(list)
         self.outputs: dict[Node, set[int]] = defaultdict(set)
         self.outputs[output.grad_fn].add(output.output_nr)
-        todo, seen = [output.grad_fn], {output.grad_fn}
+        self._walk(output.grad_fn)
+        if any(node.name() == "CheckpointFunctionBackward" for node in self.nodes):
+            raise ValueError(
+                "The model recomputes a part of itself by reentrant checkpointing, which hides the weights inside from "
+                "autograd's tape. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        leaves = {n: get_gradient_edge(p).node for n, p in zip(parameters.names, parameters.tensors, strict=True)}
+        self.leaves = {name: node for name, node in leaves.items() if node in self.outputs}
+        missing = [name for name in leaves if name not in self.leaves]
+        if missing and strict and not self._writes_rows():  # else the next batch may be sent to them
+            raise ValueError(never_used(missing))
+
+    def _walk(self, top: Node) -> None:
+        """Note every node, its consumers and which of its outputs they use."""
+        todo, seen = [top], {top}
         while todo:
             node = todo.pop()
             self.nodes.append(node)
@@ -104,16 +125,6 @@ class Graph:
                 if child not in seen:
                     seen.add(child)
                     todo.append(child)
-        if any(node.name() == "CheckpointFunctionBackward" for node in self.nodes):
-            raise ValueError(
-                "The model recomputes a part of itself by reentrant checkpointing, which hides the weights inside from "
-                "autograd's tape. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            )
-        leaves = {n: get_gradient_edge(p).node for n, p in zip(parameters.names, parameters.tensors, strict=True)}
-        missing = [name for name, node in leaves.items() if node not in seen]
-        if missing and strict and not self._writes_rows():  # else the next batch may be sent to them
-            raise ValueError(never_used(missing))
-        self.leaves = {name: node for name, node in leaves.items() if node in seen}
 
     def signature(self) -> tuple[object, ...]:
         """A hashable description of the graph, equal for two forward passes through the same operations."""

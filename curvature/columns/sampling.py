@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from lapkit.curvature.inputs import tensors
 
 LOW = 0xFFFFFFFF
 ROUNDS = 10
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-FEATURES = 1 << 16  # hashed at a time, so that intermediates stay small
+FEATURES = 1 << 16  # words that are hashed at a time: more would not add up exactly
+SUMS = 4  # of an example's words, each with 21-bit multipliers of its own: that two examples share all is improbable
 
 
 def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -34,13 +35,24 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
     Reference:
         Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, 2011, section 3.3.
     """
-    (a, b, c, d), (k, m) = counter, key
-    for _ in range(ROUNDS):
+    a, b, c, d = torch.broadcast_tensors(*counter)
+    multiplied, other = torch.stack([a, c]), torch.stack([b, d])  # two words at a time: half as many kernels
+    keys, factors = _schedule(key, a.device)
+    shape = (2, *[1] * a.ndim)
+    for each in keys:
         # A product of two 32-bit words wraps into the sign of an int64; its halves are right all the same.
-        first, second = a * 0xD2511F53, c * 0xCD9E8D57
-        a, b, c, d = (second >> 32 & LOW) ^ b ^ k, second & LOW, (first >> 32 & LOW) ^ d ^ m, first & LOW
-        k, m = (k + 0x9E3779B9) & LOW, (m + 0xBB67AE85) & LOW
-    return a, b, c, d
+        product = (multiplied * factors.reshape(shape)).flip(0)
+        multiplied, other = (product >> 32 & LOW) ^ other ^ each.reshape(shape), product & LOW
+    return multiplied[0], other[0], multiplied[1], other[1]
+
+
+@lru_cache(maxsize=16)
+def _schedule(key: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The two words that each round adds to the key, `(ROUNDS, 2)`, and the two multipliers; kept, as copies wait."""
+    k, m = key
+    keys = [[(k + n * 0x9E3779B9) & LOW, (m + n * 0xBB67AE85) & LOW] for n in range(ROUNDS)]
+    with torch.inference_mode(False):
+        return torch.tensor(keys, device=device), torch.tensor([0xD2511F53, 0xCD9E8D57], device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,20 +163,37 @@ def example_keys(batch: Any, examples: int, start: int = 0) -> Tensor:
 
 
 def _hash(tensor: Tensor) -> Tensor:
-    """`sum_i odd_i mix(bits_i)` over the numbers of each example, `(N,)`."""
-    bits = _bits(tensor).flatten(1) if tensor.ndim > 1 else _bits(tensor)[:, None]
-    total = torch.zeros(len(bits), dtype=torch.int64, device=bits.device)
-    for number, part in enumerate(bits.split(FEATURES, dim=1)):
-        places = 1 + number * FEATURES + torch.arange(part.shape[1], device=bits.device)
-        total += (_mixed(part.to(torch.int64)) * (_mixed(places) | 1)).sum(1)
+    """`mix(mix(mix(h_1) + h_2) + h_3) + h_4` of four sums `h_j = sum_i r_ij word_i` of each example's words, `(N,)`.
+
+    The sums are a product of matrices: no term exceeds `2^35`, and as many as `FEATURES` of them stay below `2^53`, so
+    float64 adds them exactly in whatever order.
+    """
+    words = _words(tensor)
+    sums = torch.zeros(len(words), SUMS, dtype=torch.int64, device=words.device)
+    for number, part in enumerate(words.split(FEATURES, dim=1)):
+        sums += (part.double() @ _multipliers(number * FEATURES, part.shape[1], words.device)).to(torch.int64)
+    total = torch.zeros_like(sums[:, 0])
+    for each in sums.unbind(1):
+        total = _mixed(total) + each
     return total
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """Floating numbers as the integers that have their bits; integers as they are."""
+@lru_cache(maxsize=16)
+def _multipliers(start: int, count: int, device: torch.device) -> Tensor:
+    """`r`, `(count, SUMS)`: 21 random bits for each place, as signed numbers in float64."""
+    with torch.inference_mode(False):  # kept for any use, whoever calls first
+        places = torch.arange(SUMS * start + 1, SUMS * (start + count) + 1, device=device)
+        return (_mixed(places) >> 43).double().reshape(count, SUMS)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """The bits of each example's numbers as 16-bit words, `(N, W)`; integers as if they were 64-bit ones."""
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    tensor = tensor.detach().contiguous()
-    return tensor.view(INTEGERS[tensor.element_size()]) if tensor.is_floating_point() else tensor
+    if not tensor.is_floating_point():
+        wide = tensor.to(torch.int64)
+    else:
+        wide = tensor if tensor.element_size() > 1 else tensor.half()  # 8-bit numbers fit
+    return wide.detach().contiguous().reshape(len(tensor), -1).view(torch.int16)
 
 
 def _mixed(z: Tensor) -> Tensor:

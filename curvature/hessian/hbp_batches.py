@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lapkit.curvature.hessian.hbp_trace import Trace, Tracer
-from lapkit.curvature.inputs import can_be_cut, to_device, unpack
+from lapkit.curvature.inputs import can_be_cut, numbered, to_device, unpack
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.parameters import Parameters
 
@@ -31,7 +31,7 @@ def pieces(tracer: Tracer, data: Iterable[Any], budget: int, *, weighted: bool =
         ValueError: if there is no data, the matrix of a single example would not fit, or weights are not wanted.
     """
     empty = True
-    for number, batch in enumerate(data):
+    for number, batch in numbered(data):
         x, y, weights = unpack(batch, number)
         if weights is not None and not weighted:
             raise ValueError(

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lapkit.curvature.capture.forward import forward
+from lapkit.curvature.capture.forward import canonical, check_positions
 from lapkit.curvature.columns.columns import GGN
 from lapkit.curvature.hessian.hbp_modes import Mode
 from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.curvature.likelihoods.likelihood import Likelihood
-from lapkit.curvature.parameters import Parameters
 
 
 @final
@@ -22,22 +21,14 @@ class OutputLoss:
     """The loss as a function of the raw output `z`, `(N, *shape)`.
 
     Args:
-        model: the network, for messages.
-        parameters: the selected weights, for their dtype.
         likelihood: of targets given outputs.
         mode: which curvature; a positive one starts from the likelihood's own root.
         output_axis: the axis of classes in the raw output.
     """
 
-    model: nn.Module
-    parameters: Parameters
     likelihood: Likelihood
     mode: Mode
     output_axis: int | None
-
-    def canonical(self, z: Tensor) -> Tensor:
-        """The outputs as the likelihood takes them, `(N, C)` or `(N, T, C)`."""
-        return forward(self.model, z, self.parameters, forward_fn=lambda _, given: given, output_axis=self.output_axis)
 
     def total(self, f: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         """The summed loss of outputs."""
@@ -46,10 +37,15 @@ class OutputLoss:
         return losses.sum() if weights is None else (weights.to(losses) * losses).sum()
 
     def derivatives(self, z: Tensor, y: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradients `(N, *shape)` and Hessians `(N, h, h)` in the raw output."""
+        """Gradients `(N, *shape)` and Hessians `(N, h, h)` in the raw output.
+
+        Raises:
+            ValueError: if the likelihood refuses outputs or targets, or these stand at other positions.
+        """
+        check_positions(z.shape, self.output_axis, y)
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
-            f = self.canonical(leaf)
+            f = canonical(leaf, self.output_axis)
             gradient = torch.autograd.grad(self.total(f, y, weights), leaf, create_graph=True)[0]
             if not self.mode.positive:
                 return gradient.detach(), _second_derivatives(gradient, leaf)

@@ -15,7 +15,7 @@ from lapkit.curvature.hessian.hbp_modes import mode_of
 from lapkit.curvature.hessian.hbp_propagation import ActivationHessian, ModuleLink, Products, descend
 from lapkit.curvature.hessian.hbp_trace import Trace, Tracer
 from lapkit.curvature.hessian.hbp_weights import weight_product
-from lapkit.curvature.inputs import map_tensors, to_device, unpack
+from lapkit.curvature.inputs import map_tensors, numbered, to_device, unpack
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.memory import chunk_length, default_budget
 from lapkit.curvature.parameters import Parameters, borrowed
@@ -191,7 +191,7 @@ class BlockProducts(MatrixFree):
         return out
 
     def _fresh(self) -> Iterator[Trace]:
-        for number, batch in enumerate(self.data):
+        for number, batch in numbered(self.data):
             x, y, weights = unpack(batch, number)
             device = self.parameters.device
             x, y = map_tensors(torch.clone, (to_device(x, device), to_device(y, device)))  # a loader may reuse its own

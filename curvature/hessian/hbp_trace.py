@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lapkit.curvature.capture.forward import forward
+from lapkit.curvature.capture.forward import canonical, forward
 from lapkit.curvature.capture.self_check import TOLERANCE, check_examples_apart
 from lapkit.curvature.hessian.hbp_chain import REMEDY, Stage, stages_of
 from lapkit.curvature.hessian.hbp_derivatives import Derivatives
@@ -63,7 +63,7 @@ class Tracer:
     ) -> None:
         self.model, self.parameters, self.likelihood, self.mode = unwrapped(model), parameters, likelihood, mode
         self.open_skips, self.output_axis = open_skips, output_axis
-        self.loss = OutputLoss(self.model, parameters, likelihood, mode, output_axis)
+        self.loss = OutputLoss(likelihood, mode, output_axis)
         self.stages: tuple[Stage, ...] = ()
         self.widest = 0  # the largest number of values between two modules, for one example
         self._alone: set[str] = set()  # stages whose columns must go one by one
@@ -156,7 +156,7 @@ class Tracer:
         with torch.no_grad():
             for stage in self.stages:
                 z = stage.module(z.clone() if isinstance(z, Tensor) else z)
-            chained = self.loss.canonical(z)
+            chained = canonical(z, self.output_axis)
         tolerance = TOLERANCE[output.dtype]
         if output.shape != chained.shape or not bool((output - chained).abs().max() <= tolerance * output.abs().max()):
             raise ValueError(

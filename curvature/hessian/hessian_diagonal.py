@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, final
 
 import torch
@@ -12,9 +12,10 @@ from torch.autograd.graph import GradientEdge
 from lapkit.curvature.accumulate import EMPTY
 from lapkit.curvature.capture.backprop import Backprop
 from lapkit.curvature.capture.engine import Engine
-from lapkit.curvature.capture.forward import ForwardFunction
+from lapkit.curvature.capture.forward import ForwardFunction, check_positions
 from lapkit.curvature.hessian.hessian_routes import OutputRoute, output_route
-from lapkit.curvature.inputs import to_device, unpack
+from lapkit.curvature.hessian.piecewise_linear import loss_hessian, piecewise_linear_in, signed_roots, square_sums
+from lapkit.curvature.inputs import numbered, unpack
 from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.memory import chunk_length
@@ -63,6 +64,11 @@ def hessian_diagonal(
     and one second derivative in a position and output serves all examples and inputs: T O of them instead of O I.
     Other parameters, and those for which that is not fewer, take one Hessian-vector product for each entry.
 
+    Where no operation between a weight and the outputs bends, as in ReLU networks and for every last layer, there is
+    no residual and `H = J^T L J` with the Hessian L of the loss in the outputs: one backward pass for each output
+    serves all such weights. Elsewhere the cost is that of `T O` or `O I` passes through the graph of the gradient for
+    each weight, about two gradients each: some thousand for a small convolutional network with smooth activations.
+
     Args:
         model: any network whose operations can be differentiated twice; it is given back as it was.
         likelihood: of targets given outputs.
@@ -97,15 +103,20 @@ def hessian_diagonal(
     count = 0
     with borrowed(model, parameters), twice_differentiable(model):
         engine = Engine(model, parameters, memory_budget=memory_budget, forward_fn=forward_fn, output_axis=output_axis)
-        for number, batch in enumerate(data):
+        for number, batch in numbered(data):
             x, y, weights = unpack(batch, number)
-            backprop = engine(to_device(x, parameters.device))
+            backprop = engine(x)
             f = summable(backprop.output)
             if weights is not None and len(weights) != len(f):
                 raise ValueError(f"Got {len(weights)} weights for a batch of {len(f)} examples: one weight an example.")
-            losses = likelihood.loss(f, likelihood.check(f.detach(), y, output_axis))
-            total = losses.sum() if weights is None else (losses * weights.to(losses)).sum()
-            for name, value in _BatchDiagonal(backprop, total, verify=count == 0).values().items():
+            check_positions(backprop.returned_shape, output_axis, y)
+            checked = likelihood.check(f.detach(), y, output_axis)
+
+            def loss(f: Tensor, y: Tensor = checked, weights: Tensor | None = weights) -> Tensor:
+                losses = likelihood.loss(f, y)
+                return losses.sum() if weights is None else (losses * weights.to(losses)).sum()
+
+            for name, value in _BatchDiagonal(backprop, loss, verify=count == 0).values().items():
                 sums[name] += value
             count += len(f)
     if not count:
@@ -120,12 +131,13 @@ class _BatchDiagonal:
 
     Args:
         backprop: the forward pass.
-        total: the loss.
+        loss: of outputs, summed over examples.
         verify: compare an entry of each parameter with a Hessian-vector product.
     """
 
-    def __init__(self, backprop: Backprop, total: Tensor, *, verify: bool) -> None:
-        self.backprop, self.total, self.verify = backprop, total, verify
+    def __init__(self, backprop: Backprop, loss: Callable[[Tensor], Tensor], *, verify: bool) -> None:
+        self.backprop, self.loss, self.verify = backprop, loss, verify
+        self.total = loss(summable(backprop.output))
         self.passage = Passage(backprop.budget)
         self.passage.together = backprop.plan(2).together
         self.each = 2 * bytes_each(backprop.output, backprop.parameters)
@@ -134,10 +146,13 @@ class _BatchDiagonal:
         """Entries by parameter, those that are not known to be zero."""
         tensors = self.backprop.tensors
         routes = {name: self._route(name) for name in self.backprop.parameters.names}
+        values = self._without_residual(routes)
+        routes = {name: route for name, route in routes.items() if name not in values}
+        if not routes:
+            return values
         targets: Any = [tensors[name] if route is None else route.edge for name, route in routes.items()]
         with explained():
             found = torch.autograd.grad(self.total, targets, create_graph=True, allow_unused=True)
-        values = {}
         for (name, route), gradient in zip(routes.items(), found, strict=True):
             if gradient is None or not gradient.requires_grad:  # the loss is linear in it
                 continue
@@ -147,6 +162,25 @@ class _BatchDiagonal:
             if self.verify and route is not None:
                 self._check(name, value)
             values[name] = value
+        return values
+
+    def _without_residual(self, routes: Mapping[str, OutputRoute | None]) -> dict[str, Tensor]:
+        """The entries of weights in which the outputs are piecewise linear, if that takes fewer passes."""
+        graph, output = self.backprop.graph, self.backprop.output
+        names = {name for name in routes if name in graph.leaves and piecewise_linear_in(graph, name)}
+        costs = {n: self.backprop.tensors[n].numel() if route is None else route.count for n, route in routes.items()}
+        size = output[0].numel()
+        if size >= sum(costs[n] for n in names) or len(output) * size**2 * output.element_size() > self.backprop.budget:
+            return {}
+        with explained():
+            hessian = loss_hessian(self.loss, summable(output.detach()))
+        positive, negative = (square_sums(self.backprop, root, names) for root in signed_roots(hessian))
+        values = {name: torch.zeros_like(summable(self.backprop.tensors[name].detach())) for name in names}
+        for name, value in values.items():
+            value += positive.get(name, 0)
+            value -= negative.get(name, 0)
+            if self.verify:
+                self._check(name, value)
         return values
 
     def _route(self, name: str) -> OutputRoute | None:
@@ -200,6 +234,8 @@ class _BatchDiagonal:
         weight = self.backprop.tensors[name]
         largest = value.abs().argmax()[None]
         gradient = differentiated(self.total, [weight])[0]
+        if not gradient.requires_grad:  # the loss is linear in it
+            gradient = gradient + 0 * weight
         direct = self._entries(gradient, weight, largest)[0]
         found = value.flatten()[largest[0]]
         if not (found - direct).abs() <= AGREEMENT.get(weight.dtype, 1e-1) * torch.maximum(found.abs(), direct.abs()):

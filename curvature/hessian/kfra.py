@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,39 @@ from lapkit.curvature.memory import default_budget
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.dense import Dense
 from lapkit.curvature.operators.kronecker_product import KroneckerProduct
-from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.curvature.parameters import Parameters, borrowed
 from lapkit.curvature.products.vectors import twice_differentiable
+from lapkit.curvature.quantities.quantity import described
+from lapkit.curvature.quantities.results import CurvatureSum
+
+
+@final
+class AveragedFactors(CurvatureSum):
+    """One Kronecker product for each weight, `rows/NAME` `(G, R, R)` and `columns/NAME` `(G, C, C)`.
+
+    Biases have their dense block in `block/NAME`.
+    """
+
+    def joined(self, key: str, one: Tensor, two: Tensor) -> Tensor:
+        """Not possible.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "KFRA's factors are made of averages over all the data between any two layers, so those of two parts do "
+            "not add up. Call kfra on all the data, or use GGNKronecker, whose sums do."
+        )
+
+    def operator(self) -> BlockDiagonal:
+        """One block for each parameter, summed over examples."""
+        rows, columns, blocks = self.part("rows"), self.part("columns"), self.part("block")
+        return BlockDiagonal(
+            tuple(
+                KroneckerProduct(rows[n].clone(), columns[n].clone()) if n in rows else Dense(blocks[n].clone())
+                for n in self.shapes
+            )
+        )
 
 
 def kfra(
@@ -34,7 +64,7 @@ def kfra(
     parameters: Parameters | Iterable[str] | None = None,
     memory_budget: int | None = None,
     output_axis: int | None = None,
-) -> BlockDiagonal:
+) -> AveragedFactors:
     """`N G (x) A` for each weight and `N G` for each bias, with the averaged GGN G at the layer's output.
 
     `G_x = E[J^T G_z J]` starts from the mean loss Hessian; A is the mean of `a a^T` over examples. For convolutions A
@@ -50,7 +80,8 @@ def kfra(
         output_axis: the axis of classes in the outputs.
 
     Returns:
-        One Kronecker product for each weight and one dense block for each bias, summed over examples.
+        One Kronecker product for each weight and one dense block for each bias, summed over examples; `operator()` is
+        the matrix.
 
     Raises:
         ValueError: if the model is no chain, a matrix between two modules would not fit into memory, or the data is
@@ -60,7 +91,7 @@ def kfra(
         >>> import torch
         >>> from lapkit.curvature import Gaussian
         >>> data = [(torch.ones(4, 1), torch.zeros(4, 1))]
-        >>> kfra(torch.nn.Linear(1, 1), Gaussian(), data).diagonal()
+        >>> kfra(torch.nn.Linear(1, 1), Gaussian(), data).operator().diagonal()
         tensor([4., 4.])
 
     Reference:
@@ -70,18 +101,20 @@ def kfra(
     parameters = Parameters.selected(model, parameters)
     parameters.check_finite()
     budget = default_budget(parameters.device) if memory_budget is None else memory_budget
-    found: dict[str, SymmetricOperator] = {}
+    found: dict[str, Tensor] = {}
     with borrowed(model, parameters), twice_differentiable(model):
         tracer = Tracer(model, parameters, likelihood, mode_of("ggn"), open_skips=False, output_axis=output_axis)
-        for stage, average, links, _ in passes(tracer, data, Outer, budget):
+        for stage, average, links, count in passes(tracer, data, Outer, budget):  # noqa: B007 (the same each time)
             found.update(_factors(stage, average.top, links, parameters, budget))
-    return BlockDiagonal(tuple(found[name] for name in parameters.names))
+    shapes = {name: tuple(p.shape) for name, p in zip(parameters.names, parameters.tensors, strict=True)}
+    about = {"curvature": "kfra", "likelihood": described(likelihood)}
+    return AveragedFactors(shapes, found, count, about)
 
 
 def _factors(
     stage: Stage, top: Tensor, links: Callable[[], Iterator[ModuleLink]], parameters: Parameters, budget: int
-) -> dict[str, SymmetricOperator]:
-    """The blocks of one module's weights: a root of the averaged matrix is sent back into them."""
+) -> dict[str, Tensor]:
+    """The tensors of one module's weights: a root of the averaged matrix is sent back into them."""
     chosen = parameters.subset(name in stage.weights for name in parameters.names)
     factors = {name: _Factors(kronecker=p.ndim > 1) for name, p in zip(chosen.names, chosen.tensors, strict=True)}
     engine = Engine(stage.module, chosen, memory_budget=budget)
@@ -96,7 +129,7 @@ def _factors(
                 factors[name].add(jacobian, first=first)
 
             backprop(columns[start : start + plan.chunk], take, plan)
-    return {name: found.operator() for name, found in factors.items()}
+    return {f"{key}/{name}": t for name, found in factors.items() for key, t in found.tensors().items()}
 
 
 def _root(top: Tensor, link: ModuleLink, chosen: Parameters) -> Tensor:
@@ -129,10 +162,11 @@ class _Factors:
             self.count = self.count + count
             self.transposed = jacobian.transposed
 
-    def operator(self) -> SymmetricOperator:
-        """The block."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors of rows and columns, or the dense block."""
         assert self.outputs is not None  # a module with weights was passed
         if self.inputs is None:
-            return Dense(self.outputs)
+            return {"block": self.outputs}
         a = averaged(self.inputs, self.count)
-        return KroneckerProduct(a, self.outputs) if self.transposed else KroneckerProduct(self.outputs, a)
+        rows, columns = (a, self.outputs) if self.transposed else (self.outputs, a)
+        return {"rows": rows, "columns": columns}

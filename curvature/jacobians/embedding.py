@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lapkit.curvature.jacobians.inner_products import WRITTEN, over_pairs
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian
 from lapkit.curvature.memory import chunk_length
 
@@ -88,24 +89,50 @@ class EmbeddingJacobian(LayerJacobian):
         half = self.summed.transpose(0, 1)  # (N, K, T, D)
         return (half * w[:, None]).flatten(2) @ half.flatten(2).mT
 
-    def gram(self) -> Tensor:
-        """See `Jacobian.gram`; over the rows that were read, as many at a time as fit into the budget."""
-        columns, examples, _ = self.shape
-        rows, local = self.places.unique(return_inverse=True)  # (U,), (N, T)
-        total = self.g.new_zeros(columns * examples, columns * examples)
-        each = 2 * columns * examples * self.g.shape[3] * self.g.element_size()
-        step = chunk_length(len(rows), each, self.budget)
-        for start in range(0, len(rows), step):
-            inside = (local >= start) & (local < start + step)
-            index = torch.where(inside, local - start, -1)
-            part = EmbeddingJacobian(index, self.summed, min(step, len(rows) - start)).to_dense().flatten(0, 1)
-            total += part @ part.T
-        return total.view(columns, examples, columns, examples)
+    def _gram(self, other: Jacobian | None) -> Tensor:
+        """Over the rows that both have read, or over pairs of positions that read the same one: what is less work."""
+        second = self if other is None else other
+        if not isinstance(second, EmbeddingJacobian):
+            return super()._gram(other)
+        (columns, examples, _), (others, paired, _) = self.shape, second.shape
+        rows = self.places.unique()  # (U,)
+        rows = rows if other is None else rows[torch.isin(rows, second.places)]
+        products, width = columns * examples * others * paired, self.g.shape[3]
+        by_pairs = self.g.shape[2] * second.g.shape[2] * products * (width + WRITTEN)
+        by_rows = len(rows) * width * (products + WRITTEN * (columns * examples + others * paired))
+        if by_pairs >= by_rows:
+            return self._gram_of_rows(rows, None if other is None else second)
+
+        def inner(one: slice, two: slice) -> Tensor:
+            return (self.index[one, :, None, None] == second.index[two])[None]
+
+        g, h = (j.summed[:, :, :, None] for j in (self, second))
+        return over_pairs(g, None if other is None else h, inner, self.budget)
+
+    def _gram_of_rows(self, rows: Tensor, other: EmbeddingJacobian | None) -> Tensor:
+        """From the expanded Jacobians in some rows of the table, as many at a time as fit into the budget."""
+        second = self if other is None else other
+        mine, theirs = (j.shape[0] * j.shape[1] for j in (self, second))
+        total = self.g.new_zeros(mine, theirs)
+        each = 2 * (mine + theirs) * self.g.shape[3] * self.g.element_size()
+        for part in rows.split(chunk_length(len(rows), each, self.budget)) if len(rows) else ():
+            expanded = self._in(part)
+            total += expanded @ (expanded if other is None else other._in(part)).T
+        return total.unflatten(1, second.shape[:2]).unflatten(0, self.shape[:2])
+
+    def _in(self, rows: Tensor) -> Tensor:
+        """The expanded Jacobian in some rows of the table, given in ascending order, `(K N, U D)`."""
+        place = torch.searchsorted(rows, self.places).clamp_max(len(rows) - 1)
+        index = torch.where(rows[place] == self.places, place, -1)
+        return EmbeddingJacobian(index, self.summed, len(rows)).to_dense().flatten(0, 1)
 
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
-        read = vectors.unflatten(0, (self.rows, -1))[self.places]  # (N, T, D, R)
-        return torch.einsum("kntd,ntdr->knr", self.summed, read)
+        table = vectors.unflatten(0, (self.rows, -1))
+        each = self.g.shape[2:].numel() * vectors.shape[1] * self.g.element_size()
+        step = chunk_length(len(self.index), each, self.budget)
+        pieces = zip(self.places.split(step), self.summed.split(step, dim=1), strict=True)
+        return torch.cat([torch.einsum("kntd,ntdr->knr", g, table[p]) for p, g in pieces], dim=1)
 
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """See `Jacobian.pull_back`."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
+
+from lapkit.curvature.jacobians.inner_products import filled
+from lapkit.curvature.memory import chunk_length
 
 DENSE_LIMIT = 1024  # weights up to which a parameter without Kronecker structure keeps an exact block
 
@@ -41,6 +45,11 @@ class Jacobian(ABC):
     def shape(self) -> tuple[int, int, int]:
         """`(K, N, P)`."""
 
+    @property
+    def budget(self) -> int:
+        """Bytes that an intermediate may take."""
+        return 2**28
+
     @abstractmethod
     def to_dense(self) -> Tensor:
         """The expanded Jacobian `(K, N, P)`: the oracle of every other method."""
@@ -61,9 +70,43 @@ class Jacobian(ABC):
     def weighted_gram(self, weights: Tensor) -> Tensor:
         """`J_n diag(weights) J_n^T`, `(P,) -> (N, K, K)`: with unit columns, a covariance of the outputs."""
 
-    @abstractmethod
-    def gram(self) -> Tensor:
-        """All inner products `J[k,n] . J[l,m]`, `(K, N, K, N)`: ViViT's Gram matrix, or the neural tangent kernel."""
+    def gram(self, other: Jacobian | None = None) -> Tensor:
+        """All inner products `J[k,n] . J'[l,m]`: ViViT's Gram matrix, or the neural tangent kernel.
+
+        Args:
+            other: a Jacobian in the same weights, of other examples, other columns, other positions or of another
+                class; itself by default, and then half of a symmetric matrix is computed.
+
+        Returns:
+            `(K, N, L, M)` for L columns and M examples of the other.
+
+        Raises:
+            ValueError: if the numbers of weights differ.
+
+        Reference:
+            Dangel et al., ViViT, 2022, appendix C.1.
+        """
+        if other is not None and other.shape[2] != self.shape[2]:
+            raise ValueError(
+                f"Inner products need Jacobians in the same weights, got {self.shape[2]} and {other.shape[2]} of them. "
+                "Compute both for the same selection of the same model."
+            )
+        return self._gram(None if other is self else other)
+
+    def _gram(self, other: Jacobian | None) -> Tensor:
+        """`gram` from the expanded Jacobians of some examples of both at a time, which any two have."""
+        second = self if other is None else other
+        columns, examples, size = self.shape
+
+        def block(one: slice, two: slice) -> Tensor:
+            left = self.select(one).to_dense()
+            right = left if other is None and one == two else second.select(two).to_dense()
+            product = left.flatten(0, 1) @ right.flatten(0, 1).T
+            return product.unflatten(1, right.shape[:2]).unflatten(0, left.shape[:2])
+
+        each = 8 * (columns + second.shape[0]) * size  # bytes of doubles, the largest there are
+        step = chunk_length(max(examples, second.shape[1]), each, min(self.budget, second.budget))
+        return filled(block, examples, None if other is None else other.shape[1], step)
 
     @abstractmethod
     def project(self, vectors: Tensor) -> Tensor:
@@ -72,6 +115,14 @@ class Jacobian(ABC):
     @abstractmethod
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """`sum_{k,n} u[k,n] J[k,n]`, `(K, N) -> (P,)`: `J^T u`."""
+
+    def pull_back_all(self, cotangents: Tensor) -> Tensor:
+        """`J^T u` for R cotangents, `(K, N, R) -> (P, R)`: the transpose of `project`."""
+        return torch.stack([self.pull_back(u) for u in cotangents.unbind(-1)]).T
+
+    @abstractmethod
+    def select(self, part: slice) -> Jacobian:
+        """The Jacobian of some of the examples."""
 
     @abstractmethod
     def split(self, sizes: Sequence[int]) -> Iterator[Jacobian]:
@@ -161,11 +212,6 @@ class DenseJacobian(LayerJacobian):
         rows = self.values.movedim(0, 1)
         return (rows * weights) @ rows.mT
 
-    def gram(self) -> Tensor:
-        """See `Jacobian.gram`."""
-        rows = self.values.flatten(0, 1)
-        return (rows @ rows.T).unflatten(1, self.shape[:2]).unflatten(0, self.shape[:2])
-
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
         return self.values @ vectors
@@ -173,6 +219,10 @@ class DenseJacobian(LayerJacobian):
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """See `Jacobian.pull_back`."""
         return cotangent.reshape(-1) @ self.values.flatten(0, 1)
+
+    def pull_back_all(self, cotangents: Tensor) -> Tensor:
+        """See `Jacobian.pull_back_all`."""
+        return (cotangents.flatten(0, 1).T @ self.values.flatten(0, 1)).T
 
     def split(self, sizes: Sequence[int]) -> Iterator[Jacobian]:
         """See `Jacobian.split`."""
@@ -229,6 +279,11 @@ class NetworkJacobian(Jacobian):
             raise ValueError(f"Parts must share columns and examples, got {[p.shape for p in self.parts]}.")
 
     @property
+    def budget(self) -> int:
+        """See `Jacobian.budget`."""
+        return min(part.budget for part in self.parts)
+
+    @property
     def sizes(self) -> list[int]:
         """Number of weights of each part."""
         return [part.shape[2] for part in self.parts]
@@ -255,9 +310,13 @@ class NetworkJacobian(Jacobian):
         pieces = zip(self.parts, weights.split(self.sizes), strict=True)
         return torch.stack([part.weighted_gram(w) for part, w in pieces]).sum(0)
 
-    def gram(self) -> Tensor:
-        """See `Jacobian.gram`."""
-        return torch.stack([part.gram() for part in self.parts]).sum(0)
+    def _gram(self, other: Jacobian | None) -> Tensor:
+        """The sum over parameters; expanded if the other is not made of the same."""
+        if other is None:
+            return reduce(torch.add, (part.gram() for part in self.parts))
+        if not isinstance(other, NetworkJacobian) or other.sizes != self.sizes:
+            return super()._gram(other)
+        return reduce(torch.add, (one.gram(two) for one, two in zip(self.parts, other.parts, strict=True)))
 
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
@@ -267,6 +326,14 @@ class NetworkJacobian(Jacobian):
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """See `Jacobian.pull_back`."""
         return torch.cat([part.pull_back(cotangent) for part in self.parts])
+
+    def pull_back_all(self, cotangents: Tensor) -> Tensor:
+        """See `Jacobian.pull_back_all`."""
+        return torch.cat([part.pull_back_all(cotangents) for part in self.parts])
+
+    def select(self, part: slice) -> NetworkJacobian:
+        """See `Jacobian.select`."""
+        return NetworkJacobian(tuple(jacobian.select(part) for jacobian in self.parts))
 
     def split(self, sizes: Sequence[int]) -> Iterator[Jacobian]:
         """Whole parts, gathered until each size is reached.

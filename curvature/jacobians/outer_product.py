@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lapkit.curvature.jacobians.inner_products import WRITTEN, over_pairs
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian
 from lapkit.curvature.jacobians.patches import Patches
 from lapkit.curvature.memory import chunk_length
 
 # On a CPU an intermediate that is read again at once is best kept within the cache; measured, two to four times faster.
 CACHE = 2**22
-# What it costs to write a number out, multiply and add it up, in multiplications of a matrix product; measured.
-WRITTEN = 64
+FEW = 16  # vectors; for more of them it is read again so often that small pieces cost more than they save
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,25 +74,30 @@ class OuterProduct(LayerJacobian):
         """What went in, all of it."""
         return self.a if isinstance(self.a, Tensor) else self.a[:]
 
-    def parts(self, numbers: int, *, cached: bool = True) -> Iterator[slice]:
+    def parts(self, numbers: int, *, cached: bool = True, most: int | None = None) -> Iterator[slice]:
         """Slices of examples, of which an intermediate stays inside the budget.
 
         Args:
             numbers: how many the intermediate has for each example.
             cached: on a CPU, keep it within the processor's cache as well.
+            most: examples in a slice.
 
         Yields:
             Consecutive slices, at least one example each.
         """
         examples = self.a.shape[0]
         limit = min(self.budget, CACHE) if cached and self.g.device.type == "cpu" else self.budget
-        step = chunk_length(examples, numbers * self.g.element_size(), limit)
+        step = min(chunk_length(examples, numbers * self.g.element_size(), limit), most or examples)
         yield from (slice(start, min(start + step, examples)) for start in range(0, examples, step))
 
-    def _expanded(self, extra: int = 1) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of examples of the expanded Jacobian, `(n, G, K, O, I)`, each `extra` times inside the budget."""
+    def _expanded(self, extra: int = 1, beside: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of examples of the expanded Jacobian, `(n, G, K, O, I)`, each `extra` times inside the budget.
+
+        Beside so many vectors it may take as much memory as they do, and is best not in small pieces.
+        """
         columns, _, size = self.shape
-        for part in self.parts(extra * columns * size):
+        most = max(beside // columns, 1) if beside else None
+        for part in self.parts(extra * columns * size, cached=not beside, most=most):
             g = self.g[:, part].permute(1, 3, 0, 4, 2).flatten(2, 3)  # (n, G, K O, T)
             a = self.a[part].permute(0, 2, 1, 3)  # (n, G, T, I)
             yield part, (g @ a).unflatten(2, (columns, -1))
@@ -178,61 +182,74 @@ class OuterProduct(LayerJacobian):
                 out[part] = (rows * w.flatten()) @ rows.mT
         return out
 
-    def gram(self) -> Tensor:
+    def _gram(self, other: Jacobian | None) -> Tensor:
         """The Hadamard product of two small Gram matrices for one position and one group.
 
         With more, the sum of such products over pairs of positions, or the expanded Jacobian, some outputs at a time.
 
         Reference:
-            Dangel et al., ViViT, appendix C.1.
+            Dangel et al., ViViT, 2022, appendix C.1.
         """
-        if self.a.shape[1:3] == (1, 1):
-            a, g = self._whole[:, 0, 0], self.g[:, :, 0, 0]
-            return torch.einsum("kno,lmo->knlm", g, g) * (a @ a.T)[None, :, None, :]
-        columns, examples, _ = self.shape
-        positions, _, inputs = self.a.shape[1:]
-        rows, outputs = columns * examples, self.g.shape[-1]
-        by_pairs = positions**2 * (rows**2 * (outputs + WRITTEN) + examples**2 * inputs)
-        by_rows = rows * outputs * inputs * (positions + rows)
-        return self._gram_of_pairs() if by_pairs < by_rows else self._gram_of_rows()
+        second = self if other is None else other
+        if not isinstance(second, OuterProduct) or self._form != second._form:
+            return super()._gram(other)
+        same = other is None
+        if self.a.shape[1] == second.a.shape[1] == self.a.shape[2] == 1:
+            (a, g), (b, h) = ((j._whole[:, 0, 0], j.g[:, :, 0, 0]) for j in (self, second))
+            return torch.einsum("kno,lmo->knlm", g, h).mul_((a @ b.T)[None, :, None, :])
+        (columns, examples, _), (others, paired, _) = self.shape, second.shape
+        (positions, _, inputs), outputs = self.a.shape[1:], self.g.shape[-1]
+        rows, products = columns * examples * positions, columns * examples * others * paired
+        expanded = rows if same else rows + others * paired * second.a.shape[1]
+        by_pairs = positions * second.a.shape[1] * (products * (outputs + WRITTEN) + examples * paired * inputs)
+        by_rows = outputs * inputs * (expanded + products)
+        chosen = None if same else second
+        return self._gram_of_pairs(chosen) if by_pairs < by_rows else self._gram_of_rows(chosen)
 
-    def _gram_of_pairs(self) -> Tensor:
-        """`sum_{s,t} (g_s . g_t) (a_s . a_t)`, for some examples with some others at a time; a half and its mirror."""
-        columns, examples, _ = self.shape
-        out = self.g.new_empty(columns, examples, columns, examples)
-        positions, groups = self.a.shape[1:3]
-        each = 2 * groups * (columns * positions) ** 2 * self.g.element_size()
-        step = math.isqrt(chunk_length(examples**2, each, self.budget))
-        parts = [slice(start, min(start + step, examples)) for start in range(0, examples, step)]
-        for i, one in enumerate(parts):
-            for two in parts[: i + 1]:
-                g, h = (self.g[:, part].permute(3, 0, 1, 2, 4) for part in (one, two))  # (G, K, n, T, O)
-                a, b = (self.a[part].permute(2, 0, 1, 3) for part in (one, two))  # (G, n, T, I)
-                products = (g.flatten(1, 3) @ h.flatten(1, 3).mT).unflatten(2, h.shape[1:4]).unflatten(1, g.shape[1:4])
-                inner = (a.flatten(1, 2) @ b.flatten(1, 2).mT).unflatten(2, b.shape[1:3]).unflatten(1, a.shape[1:3])
-                products *= inner[:, None, :, :, None]
-                block = products.sum(-1).sum((0, 3))
-                out[:, one, :, two], out[:, two, :, one] = block, block.permute(2, 3, 0, 1)
-        return out
+    @property
+    def _form(self) -> tuple[object, ...]:
+        """What two Jacobians have in common that see a weight as the same matrices."""
+        return (*self.a.shape[2:], *self.g.shape[3:], self.transposed)
 
-    def _gram_of_rows(self) -> Tensor:
-        """From the expanded Jacobian, of which some outputs at a time are made."""
-        columns, examples, _ = self.shape
+    def _gram_of_pairs(self, other: OuterProduct | None = None) -> Tensor:
+        """`sum_{s,t} (g_s . g_t) (a_s . a_t)`, for some examples with some others at a time."""
+        second = self if other is None else other
+
+        def inner(one: slice, two: slice) -> Tensor:
+            a, b = (j.a[part].permute(2, 0, 1, 3) for j, part in ((self, one), (second, two)))  # (G, n, T, I)
+            return (a.flatten(1, 2) @ b.flatten(1, 2).mT).unflatten(2, b.shape[1:3]).unflatten(1, a.shape[1:3])
+
+        return over_pairs(self.g, None if other is None else other.g, inner, self.budget)
+
+    def _gram_of_rows(self, other: OuterProduct | None = None) -> Tensor:
+        """From the expanded Jacobians, of which some outputs at a time are made."""
+        second = self if other is None else other
+        held = self.shape[0] * self.shape[1] + (0 if other is None else second.shape[0] * second.shape[1])
+        out = self.g.new_zeros(self.shape[0] * self.shape[1], second.shape[0] * second.shape[1])
         groups, inputs = self.a.shape[2:]
-        out = self.g.new_zeros(columns * examples, columns * examples)
-        each = 2 * columns * examples * groups * inputs * self.g.element_size()
-        for g in self.g.split(chunk_length(self.g.shape[-1], each, self.budget), dim=-1):
-            parts = self.parts(self.a.shape[1:].numel() + columns * groups * g.shape[-1] * inputs, cached=False)
-            pieces = [torch.einsum("kntgo,ntgi->kngoi", g[:, part], self.a[part]) for part in parts]
-            rows = torch.cat(pieces, dim=1).flatten(2).flatten(0, 1)
-            out += rows @ rows.T
-        return out.view(columns, examples, columns, examples)
+        step = chunk_length(self.g.shape[-1], 2 * held * groups * inputs * self.g.element_size(), self.budget)
+        for start in range(0, self.g.shape[-1], step):
+            rows = self._rows_of_outputs(slice(start, start + step))
+            out += rows @ (rows if other is None else other._rows_of_outputs(slice(start, start + step))).T
+        return out.unflatten(1, second.shape[:2]).unflatten(0, self.shape[:2])
+
+    def _rows_of_outputs(self, outputs: slice) -> Tensor:
+        """The expanded Jacobian in the weights of some outputs, `(K N, G o I)`."""
+        g = self.g[..., outputs]
+        parts = self.parts(self.a.shape[1:].numel() + len(g) * g.shape[3:].numel() * self.a.shape[3], cached=False)
+        pieces = [torch.einsum("kntgo,ntgi->kngoi", g[:, part], self.a[part]) for part in parts]
+        return torch.cat(pieces, dim=1).flatten(2).flatten(0, 1)
 
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
         matrix = self._as_matrix(vectors)  # (G, O, I, R)
         out = self.g.new_empty(*self.shape[:2], vectors.shape[1])
-        for part in self.parts(self.a.shape[1] * matrix[:, :, 0].numel()):
+        if not self._factors_are_cheaper(vectors.shape[1]):
+            for part, expanded in self._expanded(beside=vectors.shape[1]):
+                out[:, part] = torch.einsum("ngkoi,goir->knr", expanded, matrix)
+            return out
+        numbers = self.a.shape[1] * matrix[:, :, 0].numel()
+        for part in self.parts(numbers, cached=vectors.shape[1] < FEW):
             mapped = torch.einsum("ntgi,goir->ntgor", self.a[part], matrix)
             out[:, part] = torch.einsum("kntgo,ntgor->knr", self.g[:, part], mapped)
         return out
@@ -244,6 +261,23 @@ class OuterProduct(LayerJacobian):
         for part in self.parts(self.a.shape[1:].numel(), cached=False):
             total += torch.einsum("ntgo,ntgi->goi", g[part], self.a[part])
         return self.as_vector(total)
+
+    def pull_back_all(self, cotangents: Tensor) -> Tensor:
+        """See `Jacobian.pull_back_all`."""
+        total = self.g.new_zeros(cotangents.shape[2], self.a.shape[2], self.g.shape[-1], self.a.shape[3])
+        if self._factors_are_cheaper(len(total)):
+            for part in self.parts(self.a.shape[1] * total[:, :, :, 0].numel(), cached=False):
+                g = torch.einsum("knr,kntgo->rntgo", cotangents[:, part], self.g[:, part])
+                total += torch.einsum("rntgo,ntgi->rgoi", g, self.a[part])
+        else:
+            for part, expanded in self._expanded(beside=len(total)):
+                total += torch.einsum("knr,ngkoi->rgoi", cotangents[:, part], expanded)
+        return self.as_vector(total).T
+
+    def _factors_are_cheaper(self, vectors: int) -> bool:
+        """Whether R products with the factors, `R T (K + I)`, beat the expansion `K T I` and `R K I` after it."""
+        columns, positions, inputs = self.g.shape[0], self.a.shape[1], self.a.shape[3]
+        return positions * vectors * (columns + inputs) <= columns * inputs * (positions + vectors)
 
     def block(self) -> Tensor:
         """One product without the factor K for one position: `sum_n (g g^T)_n (x) (a a^T)_n`."""

@@ -55,20 +55,23 @@ class RoutedJacobian(LayerJacobian):
         rows = self.expert.argsort(stable=True).split(counts)
         yield from ((e, rows[e]) for e, count in enumerate(counts) if count)
 
+    def _product(self, rows: Tensor) -> tuple[Tensor, OuterProduct]:
+        """The examples that these rows of one expert belong to, and its Jacobian for those: rows are positions."""
+        examples, local = self.owner[rows].unique(return_inverse=True)
+        place, positions = _places(local, len(examples))
+        shape = (len(examples), positions, 1)
+
+        def placed(t: Tensor) -> Tensor:
+            """Rows `(K, R, size)` as `(K, n, T, 1, size)`, zero where an example has fewer than others."""
+            out = t.new_zeros(len(t), shape[0] * shape[1], t.shape[2])
+            return out.index_copy_(1, place, t).unflatten(1, shape)
+
+        a, g = placed(self.a[rows][None])[0], placed(self.g[:, rows])
+        return examples, OuterProduct(a, g, self.transposed, self.budget)
+
     def _products(self) -> Iterator[tuple[int, Tensor, OuterProduct]]:
-        """Each expert with rows, the examples that they belong to, and its Jacobian for those: rows are positions."""
-        for expert, rows in self._rows():
-            examples, local = self.owner[rows].unique(return_inverse=True)
-            place, positions = _places(local, len(examples))
-            shape = (len(examples), positions, 1)
-
-            def placed(t: Tensor, place: Tensor = place, shape: tuple[int, ...] = shape) -> Tensor:
-                """Rows `(K, R, size)` as `(K, n, T, 1, size)`, zero where an example has fewer than others."""
-                out = t.new_zeros(len(t), shape[0] * shape[1], t.shape[2])
-                return out.index_copy_(1, place, t).unflatten(1, shape)
-
-            a, g = placed(self.a[rows][None])[0], placed(self.g[:, rows])
-            yield expert, examples, OuterProduct(a, g, self.transposed, self.budget)
+        """Each expert with rows, the examples that they belong to, and its Jacobian for those."""
+        yield from ((expert, *self._product(rows)) for expert, rows in self._rows())
 
     def to_dense(self) -> Tensor:
         """See `Jacobian.to_dense`."""
@@ -106,15 +109,28 @@ class RoutedJacobian(LayerJacobian):
             out = out.index_add(0, mine, product.weighted_gram(each[expert]))
         return out
 
-    def gram(self) -> Tensor:
-        """See `Jacobian.gram`."""
-        columns, examples, _ = self.shape
-        out = self.g.new_zeros(columns * examples, columns * examples)
-        start = examples * torch.arange(columns, device=self.owner.device)[:, None]
-        for _, mine, product in self._products():
-            index = (start + mine).flatten()
-            out[index[:, None], index] += product.gram().flatten(2).flatten(0, 1)
-        return out.view(columns, examples, columns, examples)
+    def _gram(self, other: Jacobian | None) -> Tensor:
+        """The sum over experts that both have rows of."""
+        second = self if other is None else other
+        if not isinstance(second, RoutedJacobian) or (self._form != second._form):
+            return super()._gram(other)
+        out = self.g.new_zeros(self.shape[0] * self.examples, second.shape[0] * second.examples)
+        rows = dict(second._rows())
+        for expert, mine, product in self._products():
+            if expert in rows:
+                theirs, paired = (mine, None) if other is None else second._product(rows[expert])
+                at, to = self._flat(mine), second._flat(theirs)
+                out[at[:, None], to] += product.gram(paired).flatten(2).flatten(0, 1)
+        return out.unflatten(1, second.shape[:2]).unflatten(0, self.shape[:2])
+
+    @property
+    def _form(self) -> tuple[object, ...]:
+        """What two Jacobians have in common that see a weight as the same matrices."""
+        return self.experts, self.a.shape[1], self.g.shape[2], self.transposed
+
+    def _flat(self, examples: Tensor) -> Tensor:
+        """Where all columns of some examples stand among `(K N,)`."""
+        return (self.examples * torch.arange(len(self.g), device=examples.device)[:, None] + examples).flatten()
 
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
@@ -129,6 +145,13 @@ class RoutedJacobian(LayerJacobian):
         for expert, examples, product in self._products():
             out[expert] = product.pull_back(cotangent[:, examples])
         return out.flatten()
+
+    def pull_back_all(self, cotangents: Tensor) -> Tensor:
+        """See `Jacobian.pull_back_all`."""
+        out = self.g.new_zeros(self.experts, self._size, cotangents.shape[2])
+        for expert, examples, product in self._products():
+            out[expert] = product.pull_back_all(cotangents[:, examples])
+        return out.flatten(0, 1)
 
     def output_moment(self) -> Tensor:
         """`(E, O, O)`, zero for an expert without rows."""

@@ -82,6 +82,11 @@ class SumJacobian(LayerJacobian):
         """`(K, N, P)`."""
         return self.parts[0].shape
 
+    @property
+    def budget(self) -> int:
+        """See `Jacobian.budget`."""
+        return self.parts[0].budget
+
     def to_dense(self) -> Tensor:
         """See `Jacobian.to_dense`."""
         return _added([part.to_dense() for part in self.parts])
@@ -89,8 +94,8 @@ class SumJacobian(LayerJacobian):
     def _chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """The expanded Jacobian `(K, n, P)` of a few examples at a time, three times inside the budget."""
         columns, examples, size = self.shape
-        first = self.parts[0]
-        step = chunk_length(examples, 3 * columns * size * first.g.element_size(), first.budget)
+        each = 3 * columns * size * self.parts[0].g.element_size()
+        step = chunk_length(examples, each, self.budget)
         for start in range(0, examples, step):
             part = slice(start, min(start + step, examples))
             yield part, self.select(part).to_dense()
@@ -107,15 +112,6 @@ class SumJacobian(LayerJacobian):
         """See `Jacobian.weighted_gram`."""
         return torch.cat([DenseJacobian(dense).weighted_gram(weights) for _, dense in self._chunks()])
 
-    def gram(self) -> Tensor:
-        """See `Jacobian.gram`."""
-        columns, examples, _ = self.shape
-        total = self.parts[0].g.new_empty(columns, examples, columns, examples)
-        for one, left in self._chunks():
-            for other, right in self._chunks():
-                total[:, one, :, other] = torch.einsum("knp,lmp->knlm", left, right)
-        return total
-
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
         return _added([part.project(vectors) for part in self.parts])
@@ -123,6 +119,10 @@ class SumJacobian(LayerJacobian):
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """See `Jacobian.pull_back`."""
         return _added([part.pull_back(cotangent) for part in self.parts])
+
+    def pull_back_all(self, cotangents: Tensor) -> Tensor:
+        """See `Jacobian.pull_back_all`."""
+        return _added([part.pull_back_all(cotangents) for part in self.parts])
 
     def block(self) -> Tensor:
         """See `Jacobian.block`."""

@@ -31,6 +31,11 @@ class TiedJacobian(LayerJacobian):
     transposed = True  # rows, the vocabulary, come first
 
     @property
+    def budget(self) -> int:
+        """See `Jacobian.budget`."""
+        return self.table.budget
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """`(K, N, P)`."""
         return self.table.shape
@@ -74,16 +79,15 @@ class TiedJacobian(LayerJacobian):
             total[part] += cross + cross.mT
         return total
 
-    def gram(self) -> Tensor:
-        """See `Jacobian.gram`; the rows that one example reads are compared with those of all the others."""
-        total = self.table.gram() + self.product.gram()
-        g, a = self.product.g[:, :, :, 0], self.product.a[:][:, :, 0]  # (L, M, T, V), (M, T, D)
-        for n, places in enumerate(self.table.places):
-            inner = torch.einsum("mtd,ksd->kmts", a, self.table.summed[:, n])
-            cross = torch.einsum("kmts,lmts->klm", inner, g[..., places])
-            total[:, n] += cross
-            total[:, :, :, n] += cross.permute(1, 2, 0)
-        return total
+    def _gram(self, other: Jacobian | None) -> Tensor:
+        """Both uses by themselves, and each with the other."""
+        if other is None:
+            cross = _across(self.table, self.product)
+            return self.table.gram() + self.product.gram() + cross + cross.permute(2, 3, 0, 1)
+        if not isinstance(other, TiedJacobian):
+            return super()._gram(other)
+        total = self.table.gram(other.table) + self.product.gram(other.product)
+        return total + _across(self.table, other.product) + _across(other.table, self.product).permute(2, 3, 0, 1)
 
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
@@ -92,6 +96,10 @@ class TiedJacobian(LayerJacobian):
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """See `Jacobian.pull_back`."""
         return self.table.pull_back(cotangent) + self.product.pull_back(cotangent)
+
+    def pull_back_all(self, cotangents: Tensor) -> Tensor:
+        """See `Jacobian.pull_back_all`."""
+        return self.table.pull_back_all(cotangents) + self.product.pull_back_all(cotangents)
 
     def output_moment(self) -> Tensor:
         """Both partial traces of the block side by side, `(1, D D + V)`, positions and uses taken to be independent.
@@ -142,3 +150,13 @@ class TiedJacobian(LayerJacobian):
         if list(sizes) != [self.shape[2]]:
             raise ValueError(f"A weight of {self.shape[2]} entries cannot be cut into {list(sizes)}.")
         yield self
+
+
+def _across(table: EmbeddingJacobian, product: OuterProduct) -> Tensor:
+    """Inner products of the two uses, `(K, N, L, M)`: the rows that one example reads, with all examples' products."""
+    g, a = product.g[:, :, :, 0], product.a[:][:, :, 0]  # (L, M, T, V), (M, T, D)
+    out = g.new_empty(*table.shape[:2], *product.shape[:2])
+    for n, places in enumerate(table.places):
+        inner = torch.einsum("mtd,ksd->kmts", a, table.summed[:, n])
+        out[:, n] = torch.einsum("kmts,lmts->klm", inner, g[..., places])
+    return out

@@ -61,6 +61,14 @@ class BlockDiagonal(SymmetricOperator):
         """The sum over blocks, each sharing what it can."""
         return torch.stack([b.shifted_logdet(d) for b, d in self._pieces(delta)]).sum()
 
+    def _logdet_ratio(self, delta: Tensor) -> Tensor:
+        return torch.stack([b.logdet_ratio(d) for b, d in self._pieces(delta)]).sum()
+
+    @property
+    def groups(self) -> list[int]:
+        """The blocks, whose eigenvectors a number for each leaves alone."""
+        return self.sizes
+
     def scale(self, factor: Tensor | float) -> BlockDiagonal:
         """See `SymmetricOperator.scale`."""
         return BlockDiagonal(tuple(block.scale(factor) for block in self.blocks))
@@ -73,6 +81,8 @@ class BlockDiagonal(SymmetricOperator):
     def _pieces(self, delta: Tensor) -> Sequence[tuple[SymmetricOperator, Tensor]]:
         if delta.ndim == 0:
             return [(block, delta) for block in self.blocks]
+        if len(delta) == len(self.blocks):  # one for each block, or blocks of one weight, which is the same
+            return list(zip(self.blocks, delta.unbind(), strict=True))
         return list(zip(self.blocks, delta.split(self.sizes), strict=True))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> BlockDiagonal:

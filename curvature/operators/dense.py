@@ -86,6 +86,13 @@ class Dense(SymmetricOperator):
             return (self.eigenvalues + delta).log().sum()
         return self._shift(delta).logdet()
 
+    def _logdet_ratio(self, delta: Tensor) -> Tensor:
+        """`log det(I + D^{-1/2} A D^{-1/2})`, whose eigenvalues are at least one however far the shifts are apart."""
+        if delta.ndim == 0:
+            return (self.eigenvalues / delta).log1p().sum()
+        root = delta.rsqrt()
+        return Dense(root[:, None] * self.matrix * root).shift(1.0).logdet()
+
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""
         return Dense(self.matrix * factor)

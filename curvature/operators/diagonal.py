@@ -49,6 +49,9 @@ class Diagonal(SymmetricOperator):
         """The sum of their logarithms."""
         return self.values.log().sum()
 
+    def _logdet_ratio(self, delta: Tensor) -> Tensor:
+        return (self.values / delta).log1p().sum()
+
     def scale(self, factor: Tensor | float) -> Diagonal:
         """See `SymmetricOperator.scale`."""
         return Diagonal(self.values * factor)

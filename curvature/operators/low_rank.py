@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import final
 
 import torch
 from torch import Tensor
 
+from lapkit.curvature.jacobians.conversion import floating_type
 from lapkit.curvature.jacobians.jacobian import Jacobian
 from lapkit.curvature.operators.operator import SymmetricOperator, symmetric_eigh
+from lapkit.curvature.operators.woodbury import Woodbury
 
 PIECE = 2**22  # numbers that are converted to float64 at a time
 
 
 @final
 @dataclass(frozen=True, eq=False)
-class LowRank(SymmetricOperator):
-    """`V V^T + diag(offset)`, of which nothing larger than V is ever formed.
-
-    Everything but products goes through the matrix `I + V^T diag(offset)^{-1} V` of the columns (Woodbury), in float64
-    whatever the type of V: beside small offsets single precision has no digits left.
+class LowRank(Woodbury):
+    """`factor V V^T + diag(offset)`, of which nothing larger than V is ever formed.
 
     Args:
         columns: `V`, `(P, R)`.
-        offset: the diagonal, one number or `(P,)`; zero by default, and then the matrix has no inverse.
+        offset: the diagonal, one number, `(P,)`, or `(L,)` for groups; zero by default, and then the matrix has no
+            inverse. A tensor's type is that of the matrix, a number takes the type of V.
+        factor: of the columns' part, so that scaling copies nothing; `root` has it multiplied in.
+        sizes: how many consecutive weights each of L groups has, such as the parameters of a network: a number for
+            each can be added to the diagonal at the cost of R x R matrices. Without groups by default.
+        memo: inner products of the columns, shared by all operators with the same ones.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -42,17 +45,24 @@ class LowRank(SymmetricOperator):
 
     columns: Tensor
     offset: Tensor | float = 0.0
+    factor: Tensor | float = 1.0
+    sizes: tuple[int, ...] | None = None
+    memo: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.columns.ndim != 2 or self._diagonal.shape not in ((), self.columns.shape[:1]):
+        shapes = {(), tuple(self.columns.shape[:1])} | (set() if self.sizes is None else {(len(self.sizes),)})
+        if self.columns.ndim != 2 or tuple(self._diagonal.shape) not in shapes:
             raise ValueError(
                 f"Expected columns (P, R) and an offset () or (P,), got {tuple(self.columns.shape)} and "
                 f"{tuple(self._diagonal.shape)}."
             )
+        if self.sizes is not None and sum(self.sizes) != self.size:
+            raise ValueError(f"Groups of {self.sizes} do not make up {self.size} weights.")
 
-    @cached_property
-    def _diagonal(self) -> Tensor:
-        return torch.as_tensor(self.offset, dtype=self.columns.dtype, device=self.columns.device)
+    @property
+    def groups(self) -> list[int] | None:
+        """How many weights each group has, if there are groups."""
+        return None if self.sizes is None else list(self.sizes)
 
     @property
     def size(self) -> int:
@@ -65,48 +75,18 @@ class LowRank(SymmetricOperator):
         return self.columns.shape[1]
 
     @property
-    def _entries(self) -> Tensor:
+    def root(self) -> Tensor:
+        """`sqrt(factor) V`, `(P, R)`, whose product with its transpose is the matrix without the diagonal."""
+        return self.columns * self._scale.sqrt().to(self.columns.dtype)
+
+    @property
+    def _like(self) -> Tensor:
         return self.columns
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """`V^T V`, `(R, R)`, in float64."""
-        return gram(self.columns)
-
-    @cached_property
-    def eigenvalues(self) -> Tensor:
-        """Those of `V^T V`, `(R,)`, in float64, ascending: all of `V V^T` that may differ from zero, if R <= P."""
-        return torch.linalg.eigvalsh(self.gram).clamp_min(0)
-
-    def diagonal(self) -> Tensor:
-        """Squared rows of V, and the offset."""
-        return self.columns.square().sum(1) + self._diagonal
-
-    def inverse_diagonal(self) -> Tensor:
-        """`1 / offset - |L^{-1} V^T / offset|^2`, in float64."""
-        inverse = self._inverse_offset.expand(self.size)
-        parts = []
-        for part, columns in pieces(self.columns):
-            half = torch.linalg.solve_triangular(self._cholesky, columns.T * inverse[part], upper=False)
-            parts.append(inverse[part] - half.square().sum(0))
-        return torch.cat(parts).to(self.dtype)
-
-    def logdet(self) -> Tensor:
-        """`sum log offset + log det(I + V^T diag(offset)^{-1} V)`."""
-        offset = self._inverse_offset.expand(self.size).log().sum()
-        return (2 * self._cholesky.diagonal().log().sum() - offset).to(self.dtype)
-
-    def _shifted_logdet(self, delta: Tensor) -> Tensor:
-        """O(R) for a single number, once the eigenvalues are known."""
-        inverse = _positive(self._diagonal + delta).reciprocal()
-        if inverse.ndim:
-            return self._shift(delta).logdet()
-        return ((self.eigenvalues * inverse).log1p().sum() - self.size * inverse.log()).to(self.dtype)
 
     def scale(self, factor: Tensor | float) -> LowRank:
         """See `SymmetricOperator.scale`."""
-        factor = torch.as_tensor(factor, dtype=self.dtype, device=self.device)
-        return LowRank(self.columns * factor.sqrt(), self._diagonal * factor)
+        offset = self._diagonal * torch.as_tensor(factor, dtype=self.dtype, device=self.device)
+        return replace(self, offset=offset, factor=self._scale * factor)
 
     def compressed(self, rank: int | None = None) -> LowRank:
         """The same matrix by fewer columns, orthogonal and of descending length.
@@ -121,89 +101,65 @@ class LowRank(SymmetricOperator):
         Raises:
             ValueError: if the rank is not positive.
         """
-        return LowRank(compressed(self.columns, rank), self._diagonal)
-
-    def inverse_quadratic(self, jacobian: Jacobian) -> Tensor:
-        """`J diag(offset)^{-1} J^T - |L^{-1} V^T diag(offset)^{-1} J^T|^2`, the Jacobian not expanded.
-
-        Where this difference has too few digits left, `|R J^T|^2` of the expanded Jacobian is taken instead, which
-        costs more and keeps them.
-        """
-        inverse = self._inverse_offset.to(self.dtype)
-        whole = jacobian.weighted_gram(inverse.expand(self.size))
-        inner = jacobian.project(inverse.reshape(-1, 1) * self.columns).transpose(0, 1)  # (N, K, R)
-        half = torch.linalg.solve_triangular(self._cholesky, inner.mT.double(), upper=False)
-        result = whole - (half.mT @ half).to(self.dtype)
-        left, total = (m.diagonal(dim1=-2, dim2=-1) for m in (result, whole))
-        if (left >= 10 * torch.finfo(self.dtype).eps ** 0.5 * total).all():
-            return result
-        rows = self._inverse_root(jacobian.to_dense().flatten(0, 1).T)  # (P, K N)
-        rows = rows.unflatten(1, jacobian.shape[:2]).permute(2, 1, 0)  # (N, K, P)
-        return rows @ rows.mT
+        return LowRank(compressed(self.columns, rank), self._diagonal, self.factor, self.sizes)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> LowRank:
-        return LowRank(function(self.columns), function(self._diagonal))
+        """The columns keep their type where the other is wider, which would take memory and tell nothing more."""
+        like = function(self.columns[:0])
+        wider = like.element_size() > self.columns.element_size()
+        columns = self.columns.to(like.device) if wider else function(self.columns)
+        memo = {key: value.to(like.device) for key, value in self.memo.items()}
+        return LowRank(columns, function(self._diagonal), self._scale.to(like.device), self.sizes, memo)
 
     def _add(self, other: SymmetricOperator) -> SymmetricOperator:
         """Columns side by side; no more of them than weights."""
         if not isinstance(other, LowRank):
             return super()._add(other)
-        both = torch.cat([self.columns, other.columns], dim=1)
-        return LowRank(compressed(both) if both.shape[1] > len(both) else both, self._diagonal + other._diagonal)
+        both = torch.cat([self.root, other.root], dim=1)
+        columns = compressed(both) if both.shape[1] > len(both) else both
+        if self.sizes == other.sizes:
+            return LowRank(columns, self._shifted(other._diagonal), sizes=self.sizes)
+        return LowRank(columns, self._each(self._diagonal) + other._each(other._diagonal))
 
     def _shift(self, delta: Tensor) -> LowRank:
-        return LowRank(self.columns, self._diagonal + delta)
+        return replace(self, offset=self._shifted(delta))
 
-    def _matmul(self, vectors: Tensor) -> Tensor:
-        return self.columns @ (self.columns.T @ vectors) + self._diagonal.reshape(-1, 1) * vectors
+    def _down(self, vectors: Tensor) -> Tensor:
+        if self.columns.dtype == vectors.dtype:
+            return self.columns.T @ vectors
+        total = vectors.new_zeros(self.rank, vectors.shape[1])
+        for part, rows in pieces(self.columns):
+            total = total + rows.to(vectors.dtype).T @ vectors[part]
+        return total
 
-    def _inverse_root(self, vectors: Tensor) -> Tensor:
-        """`R = (I - W K^T W^T) diag(offset)^{-1/2}` with `W = diag(offset)^{-1/2} V`."""
-        root = self._inverse_offset.sqrt().to(self.dtype).reshape(-1, 1)
-        vectors = root * vectors
-        return vectors - root * (self.columns @ (self._core.mT @ (self.columns.T @ (root * vectors))))
+    def _up(self, coefficients: Tensor) -> Tensor:
+        if self.columns.dtype == coefficients.dtype:
+            return self.columns @ coefficients
+        return torch.cat([rows.to(coefficients.dtype) @ coefficients for _, rows in pieces(self.columns)])
 
-    def _inverse_root_transpose(self, vectors: Tensor) -> Tensor:
-        root = self._inverse_offset.sqrt().to(self.dtype).reshape(-1, 1)
-        inner = root * (self.columns @ (self._core @ (self.columns.T @ (root * vectors))))
-        return root * (vectors - inner)
+    def _squares(self, root: Tensor | None = None) -> Tensor:
+        return torch.cat([(r if root is None else r @ root).square().sum(1) for _, r in pieces(self.columns)])
 
-    @cached_property
-    def _core(self) -> Tensor:
-        """`K`, `(R, R)`, for which `(I - W K W^T)(I - W K^T W^T) = (I + W W^T)^{-1}`.
+    def _inner(self, jacobian: Jacobian, weights: Tensor) -> Tensor:
+        """The columns a few at a time, so that no second V is made."""
+        dtype = floating_type(jacobian)
+        step = max(1, PIECE // max(self.size, 1))
+        weights = self._each(weights).to(dtype)[:, None]
+        parts = [jacobian.project(weights * some.to(dtype)) for some in self.columns.split(step, dim=1)]
+        return torch.cat(parts, dim=2).transpose(0, 1)
 
-        `K = L^{-T} (I + L)^{-1}` with `L L^T = I + W^T W`: no eigenvectors, which have no derivatives where eigenvalues
-        are equal.
-        """
-        eye = torch.eye(self.rank, dtype=torch.float64, device=self.device)
-        inverse = torch.linalg.solve_triangular(self._cholesky + eye, eye, upper=False)
-        return torch.linalg.solve_triangular(self._cholesky.mT, inverse, upper=True).to(self.dtype)
+    def _group_grams(self) -> Iterator[Tensor]:
+        yield from (gram(rows) for rows in self.columns.split(self.groups or [self.size]))
 
-    @property
-    def _inverse_offset(self) -> Tensor:
-        """The reciprocal of the diagonal, in float64."""
-        return _positive(self._diagonal).reciprocal()
+    def _weighted_gram(self, weights: Tensor) -> Tensor:
+        return gram(self.columns, weights)
 
-    @cached_property
-    def _cholesky(self) -> Tensor:
-        """`L` with `L L^T = I + V^T diag(offset)^{-1} V`, `(R, R)`, in float64."""
-        inverse = self._inverse_offset
-        weighted = gram(self.columns, inverse) if inverse.ndim else inverse * self.gram
-        return torch.linalg.cholesky(weighted + torch.eye(self.rank, dtype=torch.float64, device=self.device))
+    def _weighted_gram_backward(self, middle: Tensor) -> Tensor:
+        return torch.cat([((rows @ middle) * rows).sum(1) for _, rows in pieces(self.columns)])
 
-
-def _positive(diagonal: Tensor) -> Tensor:
-    """A diagonal in float64.
-
-    Raises:
-        ValueError: if an entry is not positive.
-    """
-    if not (diagonal > 0).all():
-        raise ValueError(
-            "A matrix of low rank has no inverse and no log determinant without a positive diagonal. "
-            "Shift it by a positive prior precision first."
-        )
-    return diagonal.double()
+    def _weighted(self, weights: Tensor) -> Tensor:
+        """Columns that were computed with a graph keep it."""
+        return gram(self.columns, self._each(weights)) if self.columns.requires_grad else super()._weighted(weights)
 
 
 def pieces(columns: Tensor) -> Iterator[tuple[slice, Tensor]]:

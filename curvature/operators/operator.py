@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -58,6 +58,12 @@ class SymmetricOperator(ABC):
     def inverse_quadratic(self, jacobian: Jacobian) -> Tensor:
         """`J_n A^{-1} J_n^T` of each example, `(N, K, K)`: for a precision A, the covariance of linearised outputs."""
 
+    def inverse_gram(self, jacobian: Jacobian) -> Tensor:
+        """`J[k,n] A^{-1} J[l,m]^T` of all examples with each other, `(K, N, K, N)`: the joint covariance."""
+        rows = jacobian.to_dense().flatten(0, 1)
+        half = self.inverse_root(rows.T)
+        return (half.T @ half).unflatten(1, jacobian.shape[:2]).unflatten(0, jacobian.shape[:2])
+
     @abstractmethod
     def _map(self, function: Callable[[Tensor], Tensor]) -> SymmetricOperator:
         """The same matrix with every tensor it is made of converted."""
@@ -102,11 +108,12 @@ class SymmetricOperator(ABC):
             "of one structure."
         )
 
-    def shift(self, delta: Tensor | float) -> SymmetricOperator:
-        """`A + diag(delta)`, for one number or one for each weight.
+    def shift(self, delta: Tensor | float, sizes: Sequence[int] | None = None) -> SymmetricOperator:
+        """`A + diag(delta)`, for one number, one for each weight, or one for each group of consecutive weights.
 
         Args:
-            delta: a number, a tensor with one entry, or `(P,)`.
+            delta: a number, a tensor with one entry, or `(P,)`; with sizes also `(L,)`.
+            sizes: how many weights each of L groups has.
 
         Returns:
             The shifted operator, differentiable in `delta`.
@@ -114,29 +121,49 @@ class SymmetricOperator(ABC):
         Raises:
             ValueError: if the shape does not fit.
         """
-        return self._shift(self._checked(delta))
+        return self._shift(self._checked(delta, sizes))
 
-    def shifted_logdet(self, delta: Tensor | float) -> Tensor:
+    def shifted_logdet(self, delta: Tensor | float, sizes: Sequence[int] | None = None) -> Tensor:
         """`log det(A + diag(delta))`; structures that can share work between different shifts do.
 
         Raises:
             ValueError: if the shape does not fit.
         """
-        return self._shifted_logdet(self._checked(delta))
+        return self._shifted_logdet(self._checked(delta, sizes))
+
+    def logdet_ratio(self, delta: Tensor | float, sizes: Sequence[int] | None = None) -> Tensor:
+        """`log det(A + diag(delta)) - log det diag(delta)`, of which few digits are lost where P is large.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        return self._logdet_ratio(self._checked(delta, sizes))
 
     def _shifted_logdet(self, delta: Tensor) -> Tensor:
         return self._shift(delta).logdet()
 
-    def _checked(self, delta: Tensor | float) -> Tensor:
-        """A shift as a tensor, `()` or `(P,)`.
+    def _logdet_ratio(self, delta: Tensor) -> Tensor:
+        return self._shifted_logdet(delta) - delta.log().expand(self.size).sum()
+
+    def _checked(self, delta: Tensor | float, sizes: Sequence[int] | None) -> Tensor:
+        """A shift as a tensor, `()` or `(P,)`, or `(L,)` for the groups that a structure has by itself.
 
         Raises:
             ValueError: if the shape does not fit.
         """
         delta = torch.as_tensor(delta, dtype=self.dtype, device=self.device)
-        if delta.numel() != 1 and delta.shape != (self.size,):
+        if delta.numel() == 1:
+            return delta.reshape(())
+        if sizes is not None and sum(sizes) == self.size and delta.shape == (len(sizes),):
+            return delta if list(sizes) == self.groups else spread(delta, sizes)
+        if delta.shape != (self.size,):
             raise ValueError(f"A shift has one entry or {self.size}, got shape {tuple(delta.shape)}.")
-        return delta.reshape(()) if delta.numel() == 1 else delta
+        return delta
+
+    @property
+    def groups(self) -> list[int] | None:
+        """How many weights each group has, of those that a shift by one number for each leaves cheap; if any."""
+        return None
 
     def matmul(self, vectors: Tensor) -> Tensor:
         """`A v` for one vector `(P,)` or several `(P, R)`.
@@ -195,6 +222,11 @@ class SymmetricOperator(ABC):
         if vectors.ndim == 1:
             return function(vectors[:, None])[:, 0]
         return function(vectors)
+
+
+def spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """One number for each group of consecutive weights, `(L,)`, as one for each weight, `(P,)`."""
+    return values.repeat_interleave(torch.tensor(sizes, device=values.device), output_size=sum(sizes))
 
 
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:

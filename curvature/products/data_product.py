@@ -109,6 +109,10 @@ class DataProduct(MatrixFree):
     def _pass(self) -> Pass:
         return Pass(self.model, self.chosen, self.likelihood, self.data, self.forward_fn, self.output_axis)
 
+    def batches(self) -> Iterator[Batch]:
+        """The batches of one pass over the data, each with its graph; to be iterated over inside `borrowed`."""
+        yield from self._pass
+
     @property
     def size(self) -> int:
         """The number of weights P."""

@@ -14,7 +14,7 @@ from lapkit.curvature.accumulate import EMPTY
 from lapkit.curvature.capture.forward import ForwardFunction, forward
 from lapkit.curvature.capture.self_check import check_examples_apart
 from lapkit.curvature.columns.sampling import Draws, example_keys
-from lapkit.curvature.inputs import to_device, unpack
+from lapkit.curvature.inputs import numbered, to_device, unpack
 from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.parameters import Parameters, unwrapped
@@ -87,7 +87,7 @@ class Pass:
             ValueError: if there is none, or the outputs have no graph.
         """
         count = 0
-        for number, batch in enumerate(self.data):
+        for number, batch in numbered(self.data):
             result = self._forward(batch, number, count)
             count += len(result.output)
             yield result
@@ -105,7 +105,7 @@ class Pass:
             forward_fn=self.forward_fn,
             output_axis=self.output_axis,
         )
-        output = run(model)
+        output = run(model, y=y)
         if torch.is_grad_enabled() and not output.requires_grad:
             raise ValueError(
                 f"The model's output does not depend on the selected parameters {list(self.parameters.names)}: it was "

@@ -60,6 +60,11 @@ class SpectralDensity:
     def effective_dimension(self, shift: float) -> Estimate:
         """`tr A (A + shift I)^{-1}`, the number of well-determined weights of a semi-definite A.
 
+        A shift below the smallest nodes is beyond what the Lanczos steps resolve: eigenvalues from there on are seen
+        as a few nodes, mostly too large, so that more of them count as well determined than are. The bias is not in
+        the estimate's error. Take more steps until the number stands still, or a shift well above the noise of the
+        small eigenvalues; for the GGN `SqrtGGN` gives all of the non-zero ones.
+
         Args:
             shift: the prior precision.
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from operator import length_hint
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,12 @@ from lapkit.curvature.quantities.results import CurvatureSum
 
 @final
 class EigenvalueSum(CurvatureSum):
-    """Blocks in a Kronecker eigenbasis: `values/NAME` `(G, R, C)`, `right/NAME` and, unless it is one, `left/NAME`."""
+    """Blocks in a Kronecker eigenbasis: `values/NAME` `(G, R, C)`, `right/NAME` and, unless it is one, `left/NAME`.
+
+    Two of them add up in one basis, which `EKFACCorrection` takes; each call of `ekfac` makes a basis of its own.
+    """
+
+    main: ClassVar[str] = "values"
 
     def joined(self, key: str, one: Tensor, two: Tensor) -> Tensor:
         """Eigenvalues add up in one basis.
@@ -40,8 +45,9 @@ class EigenvalueSum(CurvatureSum):
             return super().joined(key, one, two)
         if not torch.equal(one, two):
             raise ValueError(
-                f"{key!r} differs: eigenvalues in different bases do not add up. Give all parts of the data the same "
-                "basis, that of the Kronecker factors of all of them together."
+                f"{key!r} differs: eigenvalues in different bases do not add up, and each call of ekfac makes its own. "
+                "Give it all the data at once; or sum GGNKronecker over all parts, and use EKFACCorrection with that "
+                "basis for each of them."
             )
         return one
 
@@ -127,7 +133,7 @@ def ekfac(
     forward_fn: ForwardFunction | None = None,
     output_axis: int | None = None,
     progress_bar: bool = False,
-) -> BlockDiagonal:
+) -> EigenvalueSum:
     """KFAC with corrected eigenvalues, by two passes over the data with the same random numbers.
 
     Args:
@@ -145,7 +151,7 @@ def ekfac(
         progress_bar: show one.
 
     Returns:
-        One block for each parameter, most of them `Kronecker`, summed over examples.
+        Eigenvalues and eigenvectors of one block for each parameter, summed over examples; `operator()` is the matrix.
 
     Raises:
         TypeError: if the data can be run through only once.
@@ -183,4 +189,4 @@ def ekfac(
             f"The first pass over the data saw {first.count} examples and the second {second.count}: EKFAC needs data "
             "that are the same each time."
         )
-    return corrected.result().operator()
+    return corrected.result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
 from itertools import accumulate, combinations_with_replacement
 from typing import Any, final
 
@@ -14,7 +13,7 @@ from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, su
 from lapkit.curvature.jacobians.outer_product import OuterProduct
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities.quantity import Quantity
+from lapkit.curvature.quantities.quantity import Quantity, with_tensors
 from lapkit.curvature.quantities.results import PerExample
 
 
@@ -149,13 +148,7 @@ class GradientGram(_Factored):
 
 def copied(value: Any) -> Any:
     """A Jacobian with memory of its own: data loaders may fill the same tensors with the next batch."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, tuple):
-        return tuple(map(copied, value))
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: copied(getattr(value, f.name)) for f in fields(value)})
-    return value
+    return with_tensors(Tensor.clone, value)
 
 
 def inner_products(one: LayerJacobian, two: LayerJacobian, budget: int = 2**28) -> Tensor:

@@ -80,6 +80,11 @@ class GGNKronecker(Quantity):
     rows has B = 0. With reduce, the rows that one example sends to one expert are its positions there, and N counts the
     examples that sent any.
 
+    Positions without a target (`ignore_index`, padding) count in A like all others, since a layer's positions need not
+    be those of the outputs: blocks are off by the ratio of the mean of `a a^T` over all positions to that over those
+    with a target. Exact structures and EKFAC's trace are not affected. Leave padding out of the batches where inputs
+    there are of another size.
+
     Args:
         parameters: the weights.
         setting: what is assumed of positions.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
 from itertools import accumulate
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 from torch import Tensor
@@ -42,8 +43,26 @@ class Quantity(ABC):
     def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
         self.parameters = parameters
         self.columns = self.columns if columns is None else columns
-        self.count = 0
+        self._count: int | None = 0
         self.about: dict[str, str] = {}
+
+    @property
+    def count(self) -> int:
+        """The number of examples so far.
+
+        Raises:
+            RuntimeError: if a batch was broken off.
+        """
+        if self._count is None:
+            raise RuntimeError(
+                "An error broke off a batch half way, which this quantity has counted in part: it has no result. "
+                "Begin again with a new one."
+            )
+        return self._count
+
+    def abandon(self) -> None:
+        """A batch was broken off: there is no result from now on."""
+        self._count = None
 
     def begin(self, columns: Columns, likelihood: Likelihood) -> None:
         """Learn what will be summed; a second pass must sum the same.
@@ -58,7 +77,7 @@ class Quantity(ABC):
 
     def begin_batch(self, examples: int, weights: Tensor | None) -> None:
         """A batch of N examples begins; their weights `(N,)`, if there are any, are in the columns already."""
-        self.count += examples
+        self._count = self.count + examples
 
     @abstractmethod
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
@@ -104,6 +123,17 @@ def _field(value: object) -> str:
     return described(value) if is_dataclass(value) else repr(value)
 
 
+def with_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A Jacobian with other tensors in place of its own."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        return tuple(with_tensors(function, part) for part in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: with_tensors(function, getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
 def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
     """Add in place; the first value is copied, since two parameters may have been handed the same.
 
@@ -115,7 +145,8 @@ def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
             raise ValueError(
                 f"Parameter {key.partition('/')[2]!r} is used in another way in this batch than before: its curvature "
                 f"has the form {tuple(value.shape)} after {tuple(sums[key].shape)}. Use batches that take the same "
-                "path through the model, or a structure without Kronecker factors."
+                "path through the model, of more than one example each (drop_last=True, or another batch size), or a "
+                "structure without Kronecker factors."
             )
         sums[key] += value
     else:
@@ -255,5 +286,6 @@ def check_matrix_fits(parameters: Parameters) -> None:
     if needed > 4 * default_budget(parameters.device):
         raise ValueError(
             f"The full matrix over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, more than is "
-            "free. Choose hessian_structure='kron' or 'diag', or fewer weights (subset_of_weights='last_layer')."
+            "free. Choose a smaller structure (GGNKronecker or GGNDiagonal; hessian_structure='kron' or 'diag' of "
+            "Laplace), or fewer weights (parameters=[...]; subset_of_weights='last_layer' of Laplace)."
         )

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from lapkit.curvature.inputs import all_finite
 from lapkit.curvature.operators.operator import SymmetricOperator
+from lapkit.curvature.quantities.storage import read, write
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-FORMAT = "lapkit.curvature.result/1"
+SHOWN = 8  # tensors that a result names when it is printed
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Result(ABC):
     """The state of one quantity after some examples.
 
     Results of parts of a data set merge into that of the whole by `a + b`. Each tensor has a key `what/parameter`,
     or `what` alone if it belongs to all parameters together.
+
+    A result reads like a mapping: `result[name]`, `keys()`, `items()` give the main tensor of each parameter, where the
+    kind has one, and otherwise the tensors by key.
 
     Args:
         shapes: the shape of each parameter by name, in flat order.
@@ -37,7 +39,7 @@ class Result(ABC):
         about: what else two results must have in common to be added: columns, likelihood, settings.
 
     Raises:
-        ValueError: if there is no example.
+        ValueError: if there is no example, or a number is NaN or infinite.
     """
 
     shapes: Shapes
@@ -55,6 +57,40 @@ class Result(ABC):
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError("No data has been seen: there is no result.")
+        bad = [key for key, tensor in self.tensors.items() if tensor.is_floating_point() and not all_finite(tensor)]
+        if bad:
+            raise ValueError(
+                f"The result {bad[0]!r} is NaN or infinite: some number, such as the square of a gradient, is beyond "
+                f"the range of {self.tensors[bad[0]].dtype}. Compute in double precision: model.double() and inputs."
+            )
+
+    def __repr__(self) -> str:
+        """The kind, the number of examples, and the shape and type of each tensor, but no numbers."""
+        shown = [f"{k}: {tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for k, t in self.tensors.items()]
+        if len(shown) > SHOWN:
+            shown[SHOWN - 1 : -1] = [f"... {len(shown) - SHOWN} more"]
+        return f"{type(self).__name__}(count={self.count}, tensors={{{', '.join(shown)}}})"
+
+    def keys(self) -> tuple[str, ...]:
+        """What `result[...]` takes: the parameters that have a main tensor, or the tensors' own keys."""
+        return tuple(self.part(self.main)) if self.main else tuple(self.tensors)
+
+    def values(self) -> tuple[Tensor, ...]:
+        """The tensors of `keys()`."""
+        return tuple(self[key] for key in self.keys())
+
+    def items(self) -> tuple[tuple[str, Tensor], ...]:
+        """Pairs of `keys()` and `values()`."""
+        return tuple(zip(self.keys(), self.values(), strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.keys()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -66,12 +102,12 @@ class Result(ABC):
         return {n: self.tensors[f"{what}/{n}"] for n in self.shapes if f"{what}/{n}" in self.tensors}
 
     def __getitem__(self, name: str) -> Tensor:
-        """The main tensor of one parameter.
+        """The main tensor of one parameter; of kinds without one the tensor with this key.
 
         Raises:
             KeyError: if there is none of that name.
         """
-        key = f"{self.main}/{name}"
+        key = f"{self.main}/{name}" if self.main else name
         if key not in self.tensors:
             raise KeyError(f"No {self.main or 'tensor'} of a parameter {name!r}; there are {list(self.tensors)}.")
         return self.tensors[key]
@@ -152,7 +188,11 @@ class Result(ABC):
         return Result.kinds[rest["kind"]](shapes, dict(tensors), rest["count"], rest["about"])
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write it to a safetensors file."""
+        """Write it to a safetensors file.
+
+        Raises:
+            FileNotFoundError: if there is no such folder.
+        """
         write(path, *self.state())
 
     @classmethod
@@ -225,29 +265,3 @@ def _difference(one: Mapping[str, Any], two: Mapping[str, Any]) -> str:
         if one.get(key) != two.get(key):
             return f"{key!r} is {one.get(key, 'missing')} in one and {two.get(key, 'missing')} in the other"
     return f"the order is {list(one)} in one and {list(two)} in the other"
-
-
-def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Tensors, which may share memory here but not in the file, and a header of plain values."""
-    alone = {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    save_file(alone, str(path), metadata={"format": FORMAT, "header": json.dumps(rest)})
-
-
-def read(path: str | PathLike[str], device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` has written.
-
-    Raises:
-        ValueError: if the file is no safetensors file, or not written by lapkit.
-    """
-    try:
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file ({error}).") from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} was not written by lapkit's results: its format is {metadata.get('format')!r}, "
-            f"expected {FORMAT!r}."
-        )
-    return tensors, json.loads(metadata["header"])

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
 from lapkit.curvature.columns.columns import Columns
-from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
+from lapkit.curvature.jacobians.conversion import beside, tensors
+from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, summable
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
-from lapkit.curvature.operators.low_rank import LowRank, compressed
+from lapkit.curvature.operators.low_rank import LowRank, compressed, gram
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities.quantity import Quantity, add_to
+from lapkit.curvature.quantities.quantity import Quantity
 from lapkit.curvature.quantities.results import CurvatureSum
+from lapkit.curvature.quantities.running_factor import RunningFactor, root
 
 
 @final
@@ -47,7 +50,8 @@ class LowRankSum(CurvatureSum):
     def operator(self) -> LowRank | BlockDiagonal:
         """`V V^T` over all weights, or one such block for each parameter."""
         if "columns" in self.tensors:
-            return LowRank(self.tensors["columns"].clone())
+            sizes = tuple(math.prod(shape) for shape in self.shapes.values())
+            return LowRank(self.tensors["columns"].clone(), sizes=sizes)
         columns = self.part("columns")
         return BlockDiagonal(tuple(LowRank(columns[name].clone()) for name in self.shapes))
 
@@ -56,13 +60,18 @@ class LowRankSum(CurvatureSum):
 class SqrtGGN(Quantity):
     """The columns `V` of the GGN, `v_{kn} = J_n^T s_{kn}`, with `H = V V^T`, summed over examples and not averaged.
 
-    They take `K N P` numbers, and never more than `P^2` for as many weights, since more columns than weights are
-    compressed without loss.
+    All of them take `K N P` numbers for N examples in all, but never more than `P^2`: beyond as many columns as weights
+    the matrix is summed instead, without loss.
+
+    With a rank k they take `P k` numbers, `2 P k` while a batch is added, and no batch of more than k columns is ever
+    expanded. A single batch leaves the best matrix of that rank. Several leave a matrix below H, `H - V V^T` being
+    positive semi-definite with the trace that was dropped (`LowRankSum.dropped`): no eigenvalue, and no quadratic form
+    of a unit vector, is off by more than that. What is kept depends on the order of the data as soon as something is
+    dropped.
 
     Args:
         parameters: the weights.
-        rank: keep no more columns than this: the nearest matrix of that rank, batch by batch, which depends on the
-            order of the data as soon as something is lost (`LowRankSum.dropped`). All by default.
+        rank: keep no more columns than this. All by default.
         per_parameter: columns of each parameter by itself, for the diagonal blocks of H, instead of those of the whole.
         memory_limit: bytes that the columns may take, by default half of what is free.
         columns: which columns of the likelihood it wants, if not those of the call.
@@ -71,7 +80,8 @@ class SqrtGGN(Quantity):
         ValueError: if the rank or the limit is not positive.
 
     Reference:
-        Dangel et al., ViViT, 2022, equation (3); Dangel, Backpropagation Beyond the Gradient, chapter 7 (SqrtGGN).
+        Dangel et al., ViViT, 2022, equation (3) and section 2.2; Dangel, Backpropagation Beyond the Gradient, chapter 7
+        (SqrtGGN).
     """
 
     def __init__(
@@ -91,37 +101,57 @@ class SqrtGGN(Quantity):
         self.about["blocks"] = "parameters" if per_parameter else "none"
         if rank is not None:
             self.about["rank"] = str(rank)
-        self.pieces: dict[str, list[Tensor]] = {}
-        self.traces: dict[str, Tensor] = {}
-        self._rows: dict[str, Tensor] = {}
+        sizes = {f"/{n}": [s] for n, s in zip(parameters.names, parameters.sizes, strict=True)}
+        like = summable(parameters.tensors[0].detach())
+        self.factors = {
+            key: RunningFactor(each, rank, self.memory_limit, like)
+            for key, each in (sizes if per_parameter else {"": parameters.sizes}).items()
+        }
+        self._chunk: dict[str, LayerJacobian] = {}
+        self._chunks: list[dict[str, LayerJacobian]] = []  # those of one batch
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
         """See `Quantity.update`."""
-        if not self._rows:
+        if not self._chunk and not self._chunks:
             self._check_fits(*jacobian.shape[:2])
-        self._rows[name] = jacobian.to_dense()
+        self._chunk[name] = jacobian
 
     def end_columns(self) -> None:
-        """Keep what the layers have left."""
-        if not self._rows:
-            return
-        if self.per_parameter:
-            for name, rows in self._rows.items():
-                self._keep(f"/{name}", rows)
-        else:
-            like = next(iter(self._rows.values()))
-            sizes = zip(self.parameters.names, self.parameters.sizes, strict=True)
-            self._keep("", torch.cat([self._rows.get(n, like.new_zeros(*like.shape[:2], s)) for n, s in sizes], dim=-1))
-        self._rows = {}
+        """Keep the factors of all columns of a batch, if they are to be compressed and if there is room for them."""
+        if self._chunk:
+            self._chunks.append(self._chunk)
+        self._chunk = {}
+        if self.rank is None or self._bytes() > self.memory_limit // 4:
+            self._add()
 
-    def _keep(self, key: str, rows: Tensor) -> None:
-        """Take `(K, N, P)`; compress when there are twice as many columns as are wanted."""
-        pieces = self.pieces.setdefault(key, [])
-        pieces.append(rows.flatten(0, 1).T)
-        add_to(self.traces, f"trace{key}", torch.linalg.vector_norm(rows, dtype=torch.float64).square())
-        limit = min(rows.shape[-1], self.rank or rows.shape[-1])
-        if sum(piece.shape[1] for piece in pieces) > 2 * limit:
-            self.pieces[key] = [limited(torch.cat(pieces, dim=1), self.rank)]
+    def end_batch(self) -> None:
+        """Add the columns that wait for it."""
+        self._add()
+
+    def _bytes(self) -> int:
+        """What the factors take that wait for the end of the batch; inputs are shared between columns."""
+        held = (t for chunk in self._chunks for jacobian in chunk.values() for t in tensors(jacobian))
+        return sum({t.data_ptr(): t.nbytes for t in held}.values())
+
+    def _add(self) -> None:
+        """Add the columns that have come since the last time, if there are any."""
+        names = [name for name in self.parameters.names if any(name in chunk for chunk in self._chunks)]
+        whole = {name: self._joined(name) for name in (names if self.per_parameter else self.parameters.names) if names}
+        self._chunks = []
+        if self.per_parameter:
+            for name, jacobian in whole.items():
+                self.factors[f"/{name}"].add([jacobian])
+        elif whole:
+            self.factors[""].add(list(whole.values()))
+
+    def _joined(self, name: str) -> LayerJacobian:
+        """One parameter's Jacobian in all columns, zero in those that autograd knows not to depend on it."""
+        size = math.prod(self.shapes[name])
+        return joined([chunk.get(name) or self._zeros(chunk, size) for chunk in self._chunks])
+
+    def _zeros(self, chunk: dict[str, LayerJacobian], size: int) -> DenseJacobian:
+        like = summable(self.parameters.tensors[0].detach())
+        return DenseJacobian(like.new_zeros(1, 1, 1).expand(*next(iter(chunk.values())).shape[:2], size))
 
     def _check_fits(self, columns: int, examples: int) -> None:
         """Refuse before memory runs out.
@@ -129,31 +159,35 @@ class SqrtGGN(Quantity):
         Raises:
             ValueError: if the next columns would not fit beside those that are kept.
         """
-        held = sum(piece.nbytes for pieces in self.pieces.values() for piece in pieces)
         each = self.parameters.numel * max(self.parameters.dtype.itemsize, 4)
-        needed = held + columns * examples * each
+        numbers = sum(factor.numbers(columns * examples) for factor in self.factors.values())
+        needed = numbers * max(self.parameters.dtype.itemsize, 4)
         if needed > self.memory_limit:
             raise ValueError(
                 f"The columns of the GGN over {self.parameters.numel} weights take {each / 2**20:.3g} MiB each; with "
                 f"{columns} x {examples} more they would take {needed / 2**30:.3g} GiB after {self.count} examples, "
-                f"beyond the limit of {self.memory_limit / 2**30:.3g} GiB. Give a rank and smaller batches, fewer "
+                f"beyond the limit of {self.memory_limit / 2**30:.3g} GiB. Give a rank, or a smaller one, fewer "
                 "columns (MonteCarloGGN), fewer examples or weights, or a larger memory_limit."
             )
 
     def result(self) -> LowRankSum:
         """See `Quantity.result`."""
-        like = summable(self.parameters.tensors[0].detach())
-        names = [f"/{name}" for name in self.parameters.names] if self.per_parameter else [""]
-        sizes = [math.prod(shape) for shape in self.shapes.values()]
-        tensors = {}
-        for key, size in zip(names, sizes if self.per_parameter else [sum(sizes)], strict=True):
-            columns = torch.cat([like.new_zeros(size, 0), *self.pieces.get(key, [])], dim=1)
-            tensors[f"columns{key}"] = limited(columns, self.rank)
-            tensors[f"trace{key}"] = self.traces.get(f"trace{key}", like.new_zeros((), dtype=torch.float64)).clone()
-        return LowRankSum(self.shapes, tensors, self.count, self.about)
+        found = {f"columns{key}": factor.columns().clone() for key, factor in self.factors.items()}
+        traces = {f"trace{key}": factor.trace.clone() for key, factor in self.factors.items()}
+        return LowRankSum(self.shapes, found | traces, self.count, self.about)
+
+
+def joined(chunks: Sequence[LayerJacobian]) -> LayerJacobian:
+    """All columns of the same examples, one chunk after the other; expanded where chunks have no common form."""
+    if len(chunks) == 1:
+        return chunks[0]
+    one, two = joined(chunks[: len(chunks) // 2]), joined(chunks[len(chunks) // 2 :])
+    return beside(one, two) or DenseJacobian(torch.cat([one.to_dense(), two.to_dense()]))
 
 
 def limited(columns: Tensor, rank: int | None) -> Tensor:
     """No more columns than weights, nor than the rank."""
     limit = min(len(columns), rank or len(columns))
-    return columns if columns.shape[1] <= limit else compressed(columns, rank)
+    if columns.shape[1] <= limit:
+        return columns
+    return root(gram(columns.T)).to(columns.dtype) if rank is None else compressed(columns, rank)

@@ -13,7 +13,8 @@ from torch import Tensor
 from lapkit.curvature.capture.layout import Layout
 from lapkit.curvature.jacobians.outer_product import OuterProduct
 from lapkit.curvature.rules.experts import batched_experts
-from lapkit.curvature.rules.linear import padded, place_of, scaled
+from lapkit.curvature.rules.linear import padded, place_of
+from lapkit.curvature.rules.operand import scaled
 from lapkit.curvature.rules.site import FromCotangent, Site
 
 

@@ -69,7 +69,8 @@ def _rows_and_columns(site: Site) -> tuple[Tensor | None, Tensor | None]:
     Raises:
         ValueError: if the module divides gradients by the frequency of tokens.
     """
-    (node, _), *rest = site.steps or [(site.node, 0)]
+    assert site.steps  # or it would not look up
+    (node, _), *rest = site.steps
     index, size = _indices(partial(saved, node)), site.parameter.shape[-1]
     if index is None:
         return None, None

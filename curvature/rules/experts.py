@@ -10,7 +10,7 @@ from torch import Tensor
 from lapkit.curvature.capture.internals import saved
 from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.curvature.jacobians.routed import RoutedJacobian
-from lapkit.curvature.rules.operand import replay, signed, whole
+from lapkit.curvature.rules.operand import replay, scaled, signed, whole
 from lapkit.curvature.rules.site import FromCotangent, Site
 
 
@@ -44,7 +44,7 @@ def selected_matrix(site: Site, matrix: tuple[int, bool], a: Tensor, alpha: floa
         alpha: what the product is multiplied by.
     """
     flip, (number, transposed) = site.layout.axis == 1, matrix
-    rows = _scaled(a.detach().mT if flip else a.detach(), alpha)
+    rows = scaled(summable(a.detach().mT if flip else a.detach()), alpha)
     expert = torch.full((len(rows),), number, device=a.device)
     owner = site.layout.owners(len(rows), site.examples).to(a.device)
     return lambda c: _jacobian(site, rows, c.mT if flip else c, owner, expert, transposed=transposed)
@@ -58,7 +58,7 @@ def batched_experts(site: Site, x: Tensor, alpha: float, *, flip: bool) -> FromC
         return None
     number, transposed = found
     x = x.detach().mT if flip else x.detach()  # (B, M, I)
-    a, expert = _scaled(x.flatten(0, 1), alpha), number[:, None].expand(x.shape[:2]).flatten()
+    a, expert = scaled(summable(x.flatten(0, 1)), alpha), number[:, None].expand(x.shape[:2]).flatten()
     axis = min(rows.layout.axis, 1)
     owner = rows.layout.owners(x.shape[axis], site.examples).to(x.device)
     owner = (owner if axis else owner[:, None]).expand(x.shape[:2]).flatten()
@@ -83,10 +83,6 @@ def grouped_right_operand(site: Site) -> FromCotangent | None:
 def _jacobian(site: Site, a: Tensor, g: Tensor, owner: Tensor, expert: Tensor, *, transposed: bool) -> RoutedJacobian:
     experts = math.prod(site.parameter.shape[:-2])
     return RoutedJacobian(a, summable(g), owner, expert, site.examples, experts, transposed, site.budget)
-
-
-def _scaled(a: Tensor, alpha: float) -> Tensor:
-    return summable(a) if alpha == 1 else alpha * summable(a)
 
 
 def _the_same(site: Site, *, flip: bool) -> tuple[Tensor, bool] | None:

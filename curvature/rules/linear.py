@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lapkit.curvature.jacobians.outer_product import OuterProduct
 from lapkit.curvature.rules.experts import selected, selected_matrix
-from lapkit.curvature.rules.operand import whole
+from lapkit.curvature.rules.operand import scaled, whole
 from lapkit.curvature.rules.site import FromCotangent, Site
 
 
@@ -84,11 +84,6 @@ def _product(site: Site, matrix: Tensor, a: Tensor) -> FromCotangent | None:
         return OuterProduct(a, g, place.transposed, site.budget, site.rows)
 
     return jacobian
-
-
-def scaled(a: Tensor, alpha: float) -> Tensor:
-    """Inputs times the number that the whole product was multiplied by."""
-    return a if alpha == 1 else alpha * a
 
 
 def vector_operand(site: Site) -> FromCotangent | None:

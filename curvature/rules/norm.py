@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lapkit.curvature.jacobians.jacobian import summable
-from lapkit.curvature.rules.elementwise import Local, entrywise, times
+from lapkit.curvature.rules.elementwise import entrywise, times
 from lapkit.curvature.rules.site import FromCotangent, Site
 
 WEIGHT = 1  # operands of these nodes: input, weight, bias
@@ -58,13 +58,9 @@ def batch_norm(site: Site) -> FromCotangent | None:
     return _scale_or_shift(site, normalised, channels=True)
 
 
-def _local(site: Site, normalised: Callable[[], Tensor]) -> Local:
-    return times(normalised()) if site.use.slot == WEIGHT else lambda c: c
-
-
 def _scale_or_shift(site: Site, normalised: Callable[[], Tensor], *, channels: bool = False) -> FromCotangent | None:
     """Either operand, which stands beside the last axes or, for channels, beside the second."""
     if not site.whole:
         return None
     shape = (1, *site.operand_shape, *[1] * (len(site.shape) - 2)) if channels else None
-    return entrywise(site, _local(site, normalised), shape=shape)
+    return entrywise(site, times(normalised()) if site.use.slot == WEIGHT else lambda c: c, shape=shape)

@@ -78,6 +78,11 @@ def whole(view: Tensor, parameter: Tensor) -> bool:
     return view.numel() == parameter.numel() and view.is_contiguous()
 
 
+def scaled(a: Tensor, alpha: float) -> Tensor:
+    """Inputs times the number that the whole product was multiplied by."""
+    return a if alpha == 1 else alpha * a
+
+
 def signed(number: int) -> int:
     """Saved axes are unsigned: -1 is 2^64 - 1."""
     return number - 2**64 if number >= 2**63 else number

@@ -50,12 +50,12 @@ class Site:
     @property
     def name(self) -> str:
         """Its name."""
-        return self.use.node.name()
+        return self.node.name()
 
     @property
     def direct(self) -> bool:
         """Whether the operand is the parameter itself, not something made of it."""
-        return self.use.node.next_functions[self.use.slot][0] is self.leaf
+        return self.node.next_functions[self.use.slot][0] is self.leaf
 
     @cached_property
     def steps(self) -> list[tuple[Node, int]] | None:
@@ -84,7 +84,7 @@ class Site:
 
     def saved(self, name: str) -> Any:
         """What the node kept under `name`, or None; a tensor is watched for later changes."""
-        value = internals.saved(self.use.node, name)
+        value = internals.saved(self.node, name)
         if isinstance(value, Tensor):
             self.watched.append((value, value._version))
         return value
@@ -111,7 +111,7 @@ class Site:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the node's output."""
-        return tuple(internals.shape_at(self.use.node, 0))
+        return tuple(internals.shape_at(self.node, 0))
 
     @property
     def operand_shape(self) -> tuple[int, ...]:
@@ -120,7 +120,7 @@ class Site:
 
     def shape_below(self, slot: int) -> tuple[int, ...] | None:
         """Shape of any operand of the node that has a gradient, else None."""
-        child, number = self.use.node.next_functions[slot]
+        child, number = self.node.next_functions[slot]
         return None if child is None else tuple(internals.shape_at(child, number))
 
     def along(self, axis: int) -> Site | None:

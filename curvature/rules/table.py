@@ -10,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from lapkit.curvature.capture import internals
-from lapkit.curvature.capture.layout import AnyLayout
-from lapkit.curvature.capture.tape import Use
 from lapkit.curvature.jacobians.jacobian import LayerJacobian
 from lapkit.curvature.rules.batched import batched_left_operand, batched_right_operand
 from lapkit.curvature.rules.convolution import convolution_bias, convolution_weight
@@ -39,31 +36,21 @@ from lapkit.curvature.rules.linear import (
 from lapkit.curvature.rules.norm import batch_norm, group_norm, layer_norm, rms_norm
 from lapkit.curvature.rules.site import FromCotangent, Site
 
-__all__ = ["RULES", "FromCotangent", "closed_form"]
-
 ANY = -1  # any operand
 
 
-def closed_form(
-    use: Use, layout: AnyLayout, examples: int, parameter: Tensor, leaf: Node, budget: int
-) -> FromCotangent | None:
+def closed_form(site: Site) -> FromCotangent | None:
     """The closed form of one use of a parameter, if there is one.
 
     Args:
-        use: the node and operand.
-        layout: where the examples stand in the node's cotangent.
-        examples: their number N.
-        parameter: the weight.
-        leaf: its node in the graph.
-        budget: bytes an intermediate may take.
+        site: the node and operand, and what is known of that place.
 
     Returns:
         A function from cotangents `(K, *shape)` to the Jacobian, or None.
     """
-    rule = RULES.get((use.node.name(), use.slot)) or RULES.get((use.node.name(), ANY))
-    if rule is None or not internals.dtype_at(use.node, 0).is_floating_point:  # complex numbers go the generic way
+    rule = RULES.get((site.name, site.use.slot)) or RULES.get((site.name, ANY))
+    if rule is None or not internals.dtype_at(site.node, 0).is_floating_point:  # complex numbers go the generic way
         return None
-    site = Site(use, layout, examples, parameter, leaf, budget)
     jacobian = rule(site)
     if jacobian is None:
         return None

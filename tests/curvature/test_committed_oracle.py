@@ -1,33 +1,10 @@
 """The committed oracle's cases about curvature of linear models: pruning, low rank, subsets of the data."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
+from committed_oracle import ORACLE, check, data, linear
 
 from lapkit.curvature import Categorical, Engine, Gaussian, GGNDense, Parameters, SqrtGGN, borrowed, compute
-
-ORACLE = json.loads((Path(__file__).parents[1] / "data" / "predictive_evidence_pruning.json").read_text())
-
-
-def check(ours, metric):
-    (case,) = [c for c in ORACLE["cases"] if c["metric"] == metric]
-    theirs = torch.tensor(case["value"], dtype=torch.float64)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=case["tol"])
-
-
-def data(group, *names):
-    return [torch.tensor(ORACLE["inputs"][group][name]) for name in names]
-
-
-def linear(weight):
-    model = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    with torch.no_grad():
-        model.weight.copy_(weight)
-    return model
-
 
 # -- pruning a linear regression at its minimum
 

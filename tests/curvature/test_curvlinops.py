@@ -1,27 +1,21 @@
 """Every operator of curvlinops 3.0.1 that has a counterpart in lapkit, with its conventions converted.
 
 Monte Carlo operators get the targets that lapkit draws, stochastic estimators its probes. Not here: products on problem
-REF and by groups of parameters (`test_products`), a loss for each position (`test_kfac`). XTrace, XDiag and the
+REF and by groups of parameters (`test_products`), a loss for each position (`test_kfac_peers`). XTrace, XDiag and the
 smoothed Lanczos densities have no counterpart with the same numbers, and convolutions in groups share one input factor
 there.
 """
 
-from functools import partial
-
 import pytest
 import torch
+from curvlinops_cases import CASES, DAMPING, EXAMPLES, NETWORKS, SAMPLES, Problem, close, dense, generator
 from torch import nn
 
 from lapkit.curvature import (
-    GGN,
-    Bernoulli,
     Categorical,
-    Draws,
-    EmpiricalFisher,
     EmpiricalFisherProduct,
     Engine,
     FisherProduct,
-    Gaussian,
     GGNDense,
     GGNKronecker,
     GGNProduct,
@@ -31,105 +25,13 @@ from lapkit.curvature import (
     borrowed,
     compute,
     ekfac,
-    example_keys,
     hutchinson_diagonal,
     hutchinson_trace,
     hutchpp_trace,
-    seed_from,
     squared_norm,
 )
 
 pytestmark = [pytest.mark.peer("curvlinops"), pytest.mark.filterwarnings("ignore")]
-SAMPLES, SEED, DAMPING = 3, 7, 0.3
-
-
-class Mean(nn.Module):
-    def forward(self, x):
-        return x.mean(1)
-
-
-NETWORKS = {
-    "mlp": lambda: (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), nn.Linear(4, 3)), (4,)),
-    "sequence": lambda: (
-        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 4), nn.Sigmoid(), Mean(), nn.Linear(4, 3)), (3, 4)
-    ),
-    "convolution": lambda: (
-        nn.Sequential(
-            nn.Conv2d(2, 4, (2, 3), stride=(1, 2), padding=(0, 1)), nn.Tanh(),
-            nn.Conv2d(4, 3, 2, dilation=2, bias=False), nn.Sigmoid(), nn.Flatten(), nn.Linear(6, 3),
-        ),
-        (2, 5, 6),
-    ),
-}  # fmt: skip
-LOSSES = {  # theirs, ours, the factors of a curvature and of products of two gradients
-    "cross_entropy sum": (nn.CrossEntropyLoss(reduction="sum"), Categorical(), lambda n: (1, 1)),
-    "cross_entropy mean": (nn.CrossEntropyLoss(), Categorical(), lambda n: (1 / n, 1 / n)),
-    "square sum": (nn.MSELoss(reduction="sum"), Gaussian(0.5**0.5), lambda n: (2, 4)),
-    "square mean": (nn.MSELoss(), Gaussian(0.5**0.5), lambda n: (2 / n / 3, 4 / n / 3)),
-    "binary sum": (nn.BCEWithLogitsLoss(reduction="sum"), Bernoulli(), lambda n: (1, 1)),
-    "binary mean": (nn.BCEWithLogitsLoss(), Bernoulli(), lambda n: (1 / n / 3, 1 / n / 3)),
-}
-CASES = [("mlp", loss) for loss in LOSSES] + [(n, "cross_entropy sum") for n in NETWORKS if n != "mlp"]
-SETTINGS = ["expand", "reduce"]
-
-
-def close(ours, theirs, rtol=1e-10):
-    """To ten digits of the largest entry."""
-    assert ours.shape == theirs.shape
-    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=rtol * float(theirs.abs().max()))
-
-
-class Problem:
-    def __init__(self, network, loss, examples=7):
-        torch.manual_seed(2)
-        self.model, shape = NETWORKS[network]()
-        self.loss, self.likelihood, factors = LOSSES[loss]
-        self.factor, self.square = factors(examples)
-        self.x = torch.randn(examples, *shape)
-        self.y = {
-            "cross_entropy": torch.arange(examples) % 3,
-            "square": torch.randn(examples, 3),
-            "binary": torch.randint(2, (examples, 3)).double(),
-        }[loss.split()[0]]
-        self.batch = [(self.x, self.y)]
-        self.batches = [(self.x[:4], self.y[:4]), (self.x[4:], self.y[4:])]
-        self.names = [name for name, _ in self.model.named_parameters()]
-
-    def theirs(self, kind, data, names=None, **options):
-        chosen = [p for n, p in self.model.named_parameters() if names is None or n in names]
-        return kind(self.model, self.loss, chosen, data, check_deterministic=False, **options)
-
-    def drawn(self):
-        """The targets that lapkit draws for its Monte Carlo columns, (M, N, ...)."""
-        draws = Draws(seed_from(generator()), example_keys((self.x, self.y), len(self.x)))
-        f = self.model(self.x).detach()
-        return torch.stack([self.likelihood.sample(f, draws, m) for m in range(SAMPLES)])
-
-    def kinds(self):
-        """Their Fisher types: our columns and the factor."""
-        return {
-            "type-2": (GGN(), self.factor),
-            "mc": (MonteCarloGGN(SAMPLES), self.factor),
-            "empirical": (EmpiricalFisher(), self.square),
-        }
-
-    def inject(self, monkeypatch):
-        """Let their factors be of those, one after the other and from the first again."""
-        import curvlinops
-
-        targets = self.drawn()
-        count = iter(range(10**6))
-        monkeypatch.setattr(
-            curvlinops.KFACLinearOperator, "draw_label", lambda self, output: targets[next(count) % SAMPLES]
-        )
-
-
-def generator():
-    return torch.Generator().manual_seed(SEED)
-
-
-def dense(operator):
-    return torch.as_tensor(operator @ torch.eye(operator.shape[1])).detach()
 
 
 # -- products
@@ -233,166 +135,6 @@ def test_submatrix():
     close(problem.factor * ours.to_dense(), dense(peer))
 
 
-# -- Kronecker factors
-
-
-def blocks(problem, result, factor, setting):
-    """What theirs is made of: a separate bias has B of its weight, which under "expand" is not the exact block."""
-    parts = []
-    for name in problem.names:
-        b, a = (f[0] for f in result.factors(name.replace("bias", "weight")))
-        parts.append(factor * (torch.kron(b, a) if "weight" in name else b))
-    return torch.block_diag(*parts)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", ["type-2", "mc", "empirical"])
-@pytest.mark.parametrize(("network", "loss"), CASES)
-def test_kfac(network, loss, kind, setting, monkeypatch):
-    import curvlinops
-
-    problem = Problem(network, loss)
-    problem.inject(monkeypatch)
-    columns, factor = problem.kinds()[kind]
-    maker = partial(GGNKronecker, setting=setting, columns=columns)
-    found = compute(problem.model, problem.likelihood, problem.batches, {"k": maker}, generator=generator())["k"]
-    samples = SAMPLES if kind == "mc" else 1
-    data = problem.batch if kind == "mc" else problem.batches
-    peer = problem.theirs(
-        curvlinops.KFACLinearOperator, data, fisher_type=kind, mc_samples=samples, kfac_approx=setting
-    )
-    close(blocks(problem, found, factor, setting), dense(peer))
-    if network == "mlp" or setting == "reduce":  # then ours of a bias is theirs, too
-        close(factor * found.operator().to_dense(), dense(peer))
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_forward_only(network, setting):
-    """The factor of inputs, and ones in place of the other."""
-    import curvlinops
-
-    problem = Problem(network, "cross_entropy mean")
-    maker = partial(GGNKronecker, setting=setting)
-    found = compute(problem.model, problem.likelihood, problem.batches, {"k": maker})["k"]
-    weights = [n for n in problem.names if "weight" in n]
-    factors = [found.factors(n) for n in weights]
-    peer = problem.theirs(
-        curvlinops.KFACLinearOperator, problem.batches, weights, fisher_type="forward-only", kfac_approx=setting
-    )
-    close(torch.block_diag(*[torch.kron(torch.eye(b.shape[-1]), a[0]) for b, a in factors]), dense(peer))
-
-
-class Joint(nn.Module):
-    """A linear layer whose bias is a column of its weight."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([layer.weight, layer.bias[:, None]], dim=1).detach())
-
-    def forward(self, x):
-        return nn.functional.linear(torch.cat([x, torch.ones_like(x[..., :1])], dim=-1), self.weight)
-
-
-def joint(problem):
-    """The same network with weight and bias in one."""
-    return nn.Sequential(*[Joint(m) if isinstance(m, nn.Linear) else m for m in problem.model])
-
-
-def apart(matrix, outputs):
-    """A block over `[W, b]` in rows, as one over W and then b."""
-    places = torch.arange(len(matrix)).reshape(outputs, -1)
-    order = torch.cat([places[:, :-1].flatten(), places[:, -1]])
-    return matrix[order][:, order]
-
-
-def widths(problem):
-    return [m.out_features for m in problem.model if isinstance(m, nn.Linear)]
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", ["type-2", "mc", "empirical"])
-@pytest.mark.parametrize("network", ["mlp", "sequence"])
-def test_kfac_of_weight_and_bias_together(network, kind, setting, monkeypatch):
-    import curvlinops
-
-    problem = Problem(network, "cross_entropy mean")
-    problem.inject(monkeypatch)
-    columns, factor = problem.kinds()[kind]
-    maker = partial(GGNKronecker, setting=setting, columns=columns)
-    found = compute(joint(problem), problem.likelihood, problem.batches, {"k": maker}, generator=generator())["k"]
-    peer = problem.theirs(
-        curvlinops.KFACLinearOperator,
-        problem.batch if kind == "mc" else problem.batches,
-        fisher_type=kind,
-        mc_samples=SAMPLES if kind == "mc" else 1,
-        kfac_approx=setting,
-        separate_weight_and_bias=False,
-    )
-    ours = [apart(b.to_dense(), o) for b, o in zip(found.operator().blocks, widths(problem), strict=True)]
-    close(factor * torch.block_diag(*ours), dense(peer))
-
-
-# -- corrected eigenvalues
-
-
-def corrected(problem, kind, setting, model=None):
-    columns, factor = problem.kinds()[kind]
-    found = ekfac(
-        model or problem.model,
-        problem.likelihood,
-        problem.batches,
-        columns=columns,
-        setting=setting,
-        generator=generator(),
-    )
-    return [factor * block.to_dense() for block in found.blocks]
-
-
-EXAMPLES = 60  # enough for factors of full rank, with gaps between their eigenvalues
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", ["type-2", "mc", "empirical"])
-@pytest.mark.parametrize("network", NETWORKS)
-def test_ekfac(network, kind, setting, monkeypatch):
-    """Where factors have equal eigenvalues the basis is arbitrary, and so is the result: these have none."""
-    import curvlinops
-
-    problem = Problem(network, "cross_entropy sum", EXAMPLES)
-    problem.inject(monkeypatch)
-    peer = problem.theirs(
-        curvlinops.EKFACLinearOperator,
-        problem.batch if kind == "mc" else problem.batches,
-        fisher_type=kind,
-        mc_samples=SAMPLES if kind == "mc" else 1,
-        kfac_approx=setting,
-    )
-    sizes = [p.numel() for p in problem.model.parameters()]
-    theirs = [rows.split(sizes, 1)[i] for i, rows in enumerate(dense(peer).split(sizes))]
-    for name, ours, block in zip(problem.names, corrected(problem, kind, setting), theirs, strict=True):
-        if "weight" in name or network == "mlp" or setting == "reduce":  # other biases: ours is exact
-            close(ours, block, 1e-10)
-
-
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("network", ["mlp", "sequence"])
-def test_ekfac_of_weight_and_bias_together(network, setting):
-    import curvlinops
-
-    problem = Problem(network, "cross_entropy sum", EXAMPLES)
-    peer = problem.theirs(
-        curvlinops.EKFACLinearOperator,
-        problem.batches,
-        fisher_type="type-2",
-        kfac_approx=setting,
-        separate_weight_and_bias=False,
-    )
-    ours = corrected(problem, "type-2", setting, joint(problem))
-    together = torch.block_diag(*[apart(b, o) for b, o in zip(ours, widths(problem), strict=True)])
-    close(together, dense(peer), 1e-10)
-
-
 # -- inverses
 
 
@@ -416,7 +158,7 @@ def test_inverse_of_kronecker_factors(network):
     pieces = zip(found.blocks, vectors.split(found.sizes), strict=True)
     close(torch.cat([block.damped_inverse(DAMPING).matmul(v) for block, v in pieces]), shared)
     theirs = curvlinops.KFACInverseLinearOperator(corrected, DAMPING, use_exact_damping=True) @ vectors
-    ours = ekfac(problem.model, problem.likelihood, problem.batches, parameters=weights)
+    ours = ekfac(problem.model, problem.likelihood, problem.batches, parameters=weights).operator()
     close(ours.shift(DAMPING).solve(vectors), theirs, 1e-10)
 
 

@@ -5,12 +5,12 @@ import itertools
 import oracles
 import pytest
 import torch
+from fitting import fit
 from networks import brute_force
 from torch import nn
 from torch.nn import functional as F
 
 from lapkit.curvature import (
-    GGN,
     Categorical,
     Engine,
     GGNBlocks,
@@ -18,7 +18,6 @@ from lapkit.curvature import (
     GGNKronecker,
     KroneckerProduct,
     Parameters,
-    accumulate,
     borrowed,
     ekfac,
 )
@@ -105,13 +104,6 @@ def model(request):
 
 def batch(examples, positions=4):
     return torch.randn(examples, positions, WIDTH), torch.arange(examples) % 3
-
-
-def fit(model, data, *makes, **options):
-    parameters = Parameters.of(model)
-    quantities = [make(parameters) for make in makes]
-    accumulate(model, parameters, Categorical(), GGN(), data, quantities, **options)
-    return [quantity.result() for quantity in quantities]
 
 
 def factors(model, x, y, setting):
@@ -228,7 +220,7 @@ def test_sums_and_corrected_eigenvalues(model):
     close(diagonal.operator().diagonal(), expected.diagonal())
     size = model.up.numel()
     close(blocks.operator().blocks[0].to_dense(), expected[:size, :size])
-    corrected = ekfac(model, Categorical(), [(x, y)])
+    corrected = ekfac(model, Categorical(), [(x, y)]).operator()
     close(corrected.blocks[0].to_dense().trace(), expected[:size, :size].trace())
 
 

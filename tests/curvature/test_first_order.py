@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import reference_problem as ref
 import torch
+from fitting import likelihood_for
 from torch import nn
 from torch.nn import functional as F
 
 from lapkit.curvature import (
-    Bernoulli,
     Categorical,
     ClippedGradients,
     DenseJacobian,
@@ -51,15 +51,6 @@ def flat(parts):
     return torch.cat([t.flatten() for t in parts.values()])
 
 
-def problem(model, x):
-    """A likelihood of the fitting kind, targets, and the loss of one example."""
-    outputs = copy.deepcopy(model)(x).reshape(len(x), -1).shape[1]
-    if outputs == 1:
-        loss = lambda f, y: F.binary_cross_entropy_with_logits(f, y[None].to(f))  # noqa: E731
-        return Bernoulli(), torch.arange(len(x)) % 2, loss
-    return Categorical(), torch.arange(len(x)) % outputs, lambda f, y: F.cross_entropy(f[None], y[None])
-
-
 def slow_gradients(jacobian, model, x, y, loss):
     """g_n, (N, P), from the Jacobian and the loss' gradient at each output."""
     f = copy.deepcopy(model)(x).reshape(len(x), -1)
@@ -69,7 +60,7 @@ def slow_gradients(jacobian, model, x, y, loss):
 def test_all_first_order_quantities_of_every_network(network, slow_jacobian):
     model, inputs = network
     x = inputs(5)
-    likelihood, y, loss = problem(model, x)
+    likelihood, y, loss = likelihood_for(model, x)
     g = slow_gradients(slow_jacobian(model, x), model, x, y, loss).detach()
     given = torch.randn(g.shape[1], 2)
     wanted = {**FIRST_ORDER, "given": partial(GradientDots, vectors=given)}
@@ -96,7 +87,7 @@ def test_clipped_sums_of_every_network(network, slow_jacobian, each):
     """The bound lies between the norms, so that some are clipped and some are not."""
     model, inputs = network
     x = inputs(4)
-    likelihood, y, loss = problem(model, x)
+    likelihood, y, loss = likelihood_for(model, x)
     g = slow_gradients(slow_jacobian(model, x), model, x, y, loss).detach()
     bound = float(g.norm(dim=1).median()) * (1.0 if each == "model" else 0.4)
     groups = {}
@@ -119,7 +110,7 @@ def test_clipped_sums_of_every_network(network, slow_jacobian, each):
 def test_the_diagonal_of_each_example_of_every_network(network, slow_jacobian):
     model, inputs = network
     x = inputs(4)
-    likelihood, y, loss = problem(model, x)
+    likelihood, y, loss = likelihood_for(model, x)
     f = copy.deepcopy(model)(x).reshape(len(x), -1).detach()
     jacobian = slow_jacobian(model, x)
     curvatures = [torch.func.hessian(loss)(f_n, y_n) for f_n, y_n in zip(f, y, strict=True)]

@@ -78,7 +78,7 @@ def leading(operator, count):
     """Eigenvalues, largest first, and eigenvectors of `V V^T` by those of `V^T V` (VV-3)."""
     values, vectors = torch.linalg.eigh(operator.gram)
     values, vectors = values.flip(0)[:count], vectors.flip(1)[:, :count]
-    return values, operator.columns @ vectors / values.sqrt()
+    return values, operator.root @ vectors / values.sqrt()
 
 
 # -- ViViT

@@ -125,7 +125,7 @@ def test_kfra(network):
     model, x, y = problem(NETWORKS[network])
     data = [(x[:2], y[:2]), (x[2:], y[2:])]
     averaged = hessian_blocks(model, Categorical(), data, mode="ggn", averaging="outer").blocks
-    found = dict(zip(averaged, kfra(model, Categorical(), data).blocks, strict=True))
+    found = dict(zip(averaged, kfra(model, Categorical(), data).operator().blocks, strict=True))
     for name, block in found.items():
         if name.endswith("bias"):
             assert isinstance(block, Dense)
@@ -140,10 +140,8 @@ def test_kfra_of_a_convolution():
     """The mean of `a a^T` and the sum of the averaged matrix's blocks over positions."""
     model = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Flatten())
     x, y = torch.randn(4, 2, 5), torch.randn(4, 12)
-    left, right = (
-        f[0]
-        for f in (kfra(model, Gaussian(), [(x, y)]).blocks[0].left, kfra(model, Gaussian(), [(x, y)]).blocks[0].right)
-    )
+    found = kfra(model, Gaussian(), [(x, y)])
+    left, right = found.part("rows")["0.weight"][0], found.part("columns")["0.weight"][0]
     patches = x.unfold(2, 2, 1).permute(0, 2, 1, 3).flatten(2)  # (N, T, I)
     torch.testing.assert_close(left, 4 * 4 * torch.eye(3))  # N T for a unit loss Hessian
     torch.testing.assert_close(right, torch.einsum("nti,ntj->ij", patches, patches) / 16)

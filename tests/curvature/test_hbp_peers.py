@@ -92,7 +92,7 @@ def test_kfra():
 
     model, shape = NETWORKS["mlp"]()
     x, y = torch.randn(5, *shape), torch.tensor([0, 1, 2, 1, 0])
-    blocks = kfra(model, Categorical(), [(x, y)]).blocks
+    blocks = kfra(model, Categorical(), [(x, y)]).operator().blocks
     # With reduction "mean" BackPACK has the mean everywhere, as the seeds.
     from backpack import backpack, extend
 

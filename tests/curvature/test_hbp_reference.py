@@ -87,7 +87,7 @@ def test_inner_weight_blocks_have_mean_inputs():
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 def test_kfra(split):
-    operator = kfra(ref.model(), Categorical(), batches(split))
+    operator = kfra(ref.model(), Categorical(), batches(split)).operator()
     assert [float(block.trace()) / 6 for block in operator.blocks[1::2]] == golden(OUTER_BIAS_TRACES["ggn"])
     for a, weight, bias in zip(activations(), operator.blocks[::2], operator.blocks[1::2], strict=True):
         wanted = torch.kron(bias.to_dense(), a.T @ a / 6)

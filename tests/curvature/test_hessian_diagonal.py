@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from networks.registry import Model, gaussian
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -23,24 +24,9 @@ from lapkit.curvature.products.vectors import NotTwiceDifferentiable
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
 
 
-class Function(nn.Module):
-    def __init__(self, function, **members):
-        super().__init__()
-        for name, member in members.items():
-            setattr(self, name, member)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 def attention(m, x):
     q, k, v = m.qkv(m.embed(x)).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 1, 4)
     return m.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).mean(1))
-
-
-def gaussian(*shape):
-    return lambda n: torch.randn(n, *shape)
 
 
 def tokens(n):
@@ -62,7 +48,7 @@ NETWORKS = {
         gaussian(1, 2, 2, 2),
     ),
     "residual": lambda: (
-        Function(lambda m, x: m.head(x + m.one(x).tanh() * m.gate), one=nn.Linear(4, 4), head=nn.Linear(4, 3),
+        Model(lambda m, x: m.head(x + m.one(x).tanh() * m.gate), one=nn.Linear(4, 4), head=nn.Linear(4, 3),
                  gate=nn.Parameter(torch.randn(4))),
         gaussian(4),
     ),
@@ -71,38 +57,38 @@ NETWORKS = {
         gaussian(4),
     ),
     "attention": lambda: (
-        Function(attention, embed=nn.Embedding(7, 3, padding_idx=2), qkv=nn.Linear(3, 12), head=nn.Linear(4, 3)),
+        Model(attention, embed=nn.Embedding(7, 3, padding_idx=2), qkv=nn.Linear(3, 12), head=nn.Linear(4, 3)),
         tokens,
     ),
     "transformer": lambda: (
-        Function(lambda m, x: m.head(m.layer(x)[:, 0]), head=nn.Linear(4, 3),
+        Model(lambda m, x: m.head(m.layer(x)[:, 0]), head=nn.Linear(4, 3),
                  layer=nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=True)),
         gaussian(3, 4),
     ),
     "tied": lambda: (
-        Function(lambda m, x: m.one(m.embed(x).mean(1)).tanh() @ m.embed.weight.T, embed=nn.Embedding(7, 4),
+        Model(lambda m, x: m.one(m.embed(x).mean(1)).tanh() @ m.embed.weight.T, embed=nn.Embedding(7, 4),
                  one=nn.Linear(4, 4)),
         tokens,
     ),
     "used twice": lambda: (
-        Function(lambda m, x: m.head(m.one(m.one(x).tanh())), one=nn.Linear(4, 4), head=nn.Linear(4, 3)),
+        Model(lambda m, x: m.head(m.one(m.one(x).tanh())), one=nn.Linear(4, 4), head=nn.Linear(4, 3)),
         gaussian(4),
     ),
     "lstm": lambda: (
-        Function(lambda m, x: m.head(m.cell(x)[0][:, -1]), cell=nn.LSTM(2, 2, batch_first=True), head=nn.Linear(2, 3)),
+        Model(lambda m, x: m.head(m.cell(x)[0][:, -1]), cell=nn.LSTM(2, 2, batch_first=True), head=nn.Linear(2, 3)),
         gaussian(3, 2),
     ),
     "matrix before data": lambda: (
-        Function(lambda m, x: m.head((m.w @ x.T).tanh().T), w=nn.Parameter(torch.randn(5, 4)), head=nn.Linear(5, 3)),
+        Model(lambda m, x: m.head((m.w @ x.T).tanh().T), w=nn.Parameter(torch.randn(5, 4)), head=nn.Linear(5, 3)),
         gaussian(4),
     ),
     "inputs x outputs": lambda: (
-        Function(lambda m, x: (x @ m.w).tanh() @ m.v, w=nn.Parameter(torch.randn(4, 5)),
+        Model(lambda m, x: (x @ m.w).tanh() @ m.v, w=nn.Parameter(torch.randn(4, 5)),
                  v=nn.Parameter(torch.randn(5, 3))),
         gaussian(4),
     ),
     "time first": lambda: (
-        Function(lambda m, x: m.head(m.one(x.transpose(0, 1)).tanh().sum(0)), one=nn.Linear(8, 3),
+        Model(lambda m, x: m.head(m.one(x.transpose(0, 1)).tanh().sum(0)), one=nn.Linear(8, 3),
                  head=nn.Linear(3, 3)),
         gaussian(3, 8),
     ),
@@ -229,7 +215,7 @@ def test_refusals():
         hessian_diagonal(model, Categorical(), [])
     with pytest.raises(ValueError, match="1 weights for a batch of 3"):
         hessian_diagonal(model, Categorical(), [(inputs(3), torch.tensor([0, 1, 2]), torch.ones(1))])
-    distances = Function(
+    distances = Model(
         lambda m, x: m.head(torch.cdist(m.one(x)[:, None], m.c[None].expand(len(x), -1, -1))[:, 0]),
         one=nn.Linear(3, 3), c=nn.Parameter(torch.randn(4, 3)), head=nn.Linear(4, 3),
     )  # fmt: skip

@@ -123,7 +123,9 @@ def test_the_gram_matrix_takes_the_way_with_fewer_multiplications(positions, wid
     taken = []
     for name in ("_gram_of_pairs", "_gram_of_rows"):
         method = getattr(OuterProduct, name)
-        monkeypatch.setattr(OuterProduct, name, lambda j, name=name, method=method: taken.append(name) or method(j))
+        monkeypatch.setattr(
+            OuterProduct, name, lambda j, o, name=name, method=method: taken.append(name) or method(j, o)
+        )
     jacobian = OuterProduct(torch.randn(4, positions, 2, width), torch.randn(3, 4, positions, 2, width))
     values = expanded(jacobian)
     close(jacobian.gram(), torch.einsum("knp,lmp->knlm", values, values))
@@ -141,6 +143,24 @@ def test_pull_back(kind):
     jacobian, values = kind
     cotangent = torch.randn(values.shape[:2])
     close(jacobian.pull_back(cotangent), torch.einsum("kn,knp->p", cotangent, values))
+
+
+@pytest.mark.parametrize("cheaper", [True, False, None])
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_many_vectors_by_both_ways(kind, vectors, cheaper, monkeypatch):
+    """Through the factors, through the expanded Jacobian, and by what is counted."""
+    if cheaper is not None:
+        monkeypatch.setattr(OuterProduct, "_factors_are_cheaper", lambda *_: cheaper)
+    jacobian, values = kind
+    directions, cotangents = torch.randn(values.shape[2], vectors), torch.randn(*values.shape[:2], vectors)
+    close(jacobian.project(directions), torch.einsum("knp,pr->knr", values, directions))
+    close(jacobian.pull_back_all(cotangents), torch.einsum("knr,knp->pr", cotangents, values))
+
+
+def test_many_vectors_take_the_way_with_fewer_multiplications():
+    """The factors at one position, the expanded Jacobian for many positions of few columns."""
+    assert OuterProduct(torch.randn(2, 1, 1, 30), torch.randn(3, 2, 1, 1, 20))._factors_are_cheaper(5)
+    assert not OuterProduct(torch.randn(2, 50, 1, 10), torch.randn(2, 2, 50, 1, 20))._factors_are_cheaper(40)
 
 
 def test_block(kind):

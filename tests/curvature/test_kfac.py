@@ -1,4 +1,4 @@
-"""Kronecker factors in both settings: the definition, networks for which they are exact, merging, weights, peers."""
+"""Kronecker factors in both settings: the definition, networks for which they are exact, merging, weights."""
 
 import copy
 from itertools import pairwise
@@ -6,6 +6,8 @@ from itertools import pairwise
 import oracles
 import pytest
 import torch
+from fitting import fit
+from networks.registry import Mean
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,7 +23,6 @@ from lapkit.curvature import (
     KroneckerSum,
     OuterProduct,
     Parameters,
-    accumulate,
 )
 
 SETTINGS = ["expand", "reduce"]
@@ -51,14 +52,6 @@ CALLED = [  # networks in which linear maps and convolutions are modules, each c
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
-
-
-def fit(model, batches, quantities, likelihood=None, **options):
-    """The results of quantities made by these functions of parameters."""
-    parameters = Parameters.of(model)
-    made = [make(parameters) for make in quantities]
-    accumulate(model, parameters, likelihood or Categorical(), GGN(), batches, made, **options)
-    return [quantity.result() for quantity in made]
 
 
 def kronecker(setting):
@@ -128,7 +121,7 @@ def test_factors_are_what_the_definition_says(network):
     uses = seen(model, x, y)
     batches = [(x[:1], y[:1]), (x[1:], y[1:])]
     for setting in SETTINGS:
-        (result,) = fit(model, batches, [kronecker(setting)], likelihood)
+        (result,) = fit(model, batches, kronecker(setting), likelihood=likelihood)
         checked = 0
         for name in result.names:
             if name in uses:
@@ -140,17 +133,6 @@ def test_factors_are_what_the_definition_says(network):
 
 def deep_linear(*sizes):
     return [nn.Linear(i, o) for i, o in pairwise(sizes)]
-
-
-class Mean(nn.Module):
-    """Over all but the first and last axis, or over what follows the channels."""
-
-    def __init__(self, *axes):
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x):
-        return x.mean(self.axes)
 
 
 # network: the setting it makes exact, the model, the inputs of one example, and the targets of one example
@@ -190,7 +172,7 @@ def test_exact_for_deep_linear_networks_with_squared_loss(case):
     exact, right, wrong = (
         r.operator()
         for r in fit(
-            model, [(x[:2], y[:2]), (x[2:], y[2:])], [GGNBlocks, *map(kronecker, (setting, other))], Gaussian()
+            model, [(x[:2], y[:2]), (x[2:], y[2:])], GGNBlocks, *map(kronecker, (setting, other)), likelihood=Gaussian()
         )
     )
     groups = [len(b.left) for b in right.blocks]
@@ -214,8 +196,10 @@ def test_results_of_halves_add_up_to_that_of_the_whole(network, setting):
     x = inputs(5)
     outputs = copy.deepcopy(model)(x).reshape(5, -1).shape[1]
     likelihood, y = (Bernoulli() if outputs == 1 else Categorical()), torch.arange(5) % max(outputs, 2)
-    (whole,) = fit(model, [(x, y)], [kronecker(setting)], likelihood)
-    (one,), (two,) = (fit(model, [(x[p], y[p])], [kronecker(setting)], likelihood) for p in (slice(2), slice(2, 5)))
+    (whole,) = fit(model, [(x, y)], kronecker(setting), likelihood=likelihood)
+    (one,), (two,) = (
+        fit(model, [(x[p], y[p])], kronecker(setting), likelihood=likelihood) for p in (slice(2), slice(2, 5))
+    )
     total = one + two
     assert total.count == 5
     close(total.operator().to_dense(), whole.operator().to_dense())
@@ -223,7 +207,7 @@ def test_results_of_halves_add_up_to_that_of_the_whole(network, setting):
 
 def test_results_are_stored(tmp_path):
     model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(8, 3))
-    (result,) = fit(model, [(torch.randint(5, (6, 2)), torch.arange(6) % 3)], [GGNKronecker])
+    (result,) = fit(model, [(torch.randint(5, (6, 2)), torch.arange(6) % 3)], GGNKronecker)
     result.save(tmp_path / "factors.safetensors")
     again = KroneckerSum.load(tmp_path / "factors.safetensors")
     assert torch.equal(again.operator().to_dense(), result.operator().to_dense())
@@ -232,7 +216,7 @@ def test_results_are_stored(tmp_path):
 
 def test_settings_do_not_add_up():
     model, data = nn.Linear(4, 3), [(torch.randn(3, 4), torch.arange(3))]
-    one, two = fit(model, data, map(kronecker, SETTINGS))
+    one, two = fit(model, data, *map(kronecker, SETTINGS))
     with pytest.raises(ValueError, match="'setting' is expand in one and reduce in the other"):
         one + two
     with pytest.raises(ValueError, match="'expand' or 'reduce', got 'sum'"):
@@ -247,12 +231,12 @@ def test_a_weight_counts_an_example_as_often(network, setting):
     x, y = inputs(4), torch.tensor([0, 1, 2, 1])
     times = torch.tensor([2, 0, 1, 3])
     (weighted,) = fit(
-        model, [(x[:2], y[:2], times[:2].double()), (x[2:], y[2:], times[2:].double())], [kronecker(setting)]
+        model, [(x[:2], y[:2], times[:2].double()), (x[2:], y[2:], times[2:].double())], kronecker(setting)
     )
     repeated = torch.arange(4).repeat_interleave(times)
-    (expected,) = fit(model, [(x[repeated], y[repeated])], [kronecker(setting)])
+    (expected,) = fit(model, [(x[repeated], y[repeated])], kronecker(setting))
     close(weighted.operator().to_dense(), expected.operator().to_dense())
-    (nothing,) = fit(model, [(x, y, torch.zeros(4))], [kronecker(setting)])
+    (nothing,) = fit(model, [(x, y, torch.zeros(4))], kronecker(setting))
     assert not nothing.operator().to_dense().any()
 
 
@@ -260,10 +244,10 @@ def test_monte_carlo_and_class_subsets():
     """All classes make up the whole; a mean over samples tends to it."""
     model, x, y = nn.Sequential(*deep_linear(4, 5, 3)), torch.randn(6, 4), torch.arange(6) % 3
     parts = [
-        fit(model, [(x, y)], [lambda p, c=c: GGNKronecker(p, columns=GGN(classes=(c,)))])[0].tensors["output/0.weight"]
+        fit(model, [(x, y)], lambda p, c=c: GGNKronecker(p, columns=GGN(classes=(c,))))[0].tensors["output/0.weight"]
         for c in range(3)
     ]
-    (whole,) = fit(model, [(x, y)], [GGNKronecker])
+    (whole,) = fit(model, [(x, y)], GGNKronecker)
     close(sum(parts), whole.tensors["output/0.weight"])
 
 
@@ -272,7 +256,8 @@ def test_an_embedding_has_a_diagonal_factor():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(4, 3))
     x, y = torch.tensor([[0], [3], [3], [1]]), torch.randn(4, 3)
     exact, kron = (
-        r.operator() for r in fit(model, [(x[:1], y[:1]), (x[1:], y[1:])], [GGNBlocks, GGNKronecker], Gaussian())
+        r.operator()
+        for r in fit(model, [(x[:1], y[:1]), (x[1:], y[1:])], GGNBlocks, GGNKronecker, likelihood=Gaussian())
     )
     block = kron.blocks[0]
     assert isinstance(block, KroneckerProduct)
@@ -305,94 +290,11 @@ def test_an_embedding_tied_to_a_product_keeps_the_traces_of_its_uses():
     tied = Tied()
     x, y = torch.stack([torch.randperm(6)[:2] for _ in range(7)]), torch.arange(7) % 6
     data = [(x[:3], y[:3]), (x[3:], y[3:])]
-    (exact,) = fit(Untied(tied.embed.weight), data, [GGNBlocks])
+    (exact,) = fit(Untied(tied.embed.weight), data, GGNBlocks)
     uses = sum(block.to_dense() for block in exact.operator().blocks).reshape(6, 3, 6, 3)
     rows, moment = torch.einsum("vdvd->v", uses), torch.einsum("vdve->de", uses)
-    (result,) = fit(tied, data, [GGNKronecker])
+    (result,) = fit(tied, data, GGNKronecker)
     close(result.operator().to_dense(), torch.kron(torch.diag(rows / rows.sum()), moment))
-
-
-@pytest.mark.peer("curvlinops")
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", ["mlp", "sequence", "convolution"])
-def test_curvlinops(kind, setting):
-    """Their mean loss and theirs of several axes, converted; their separate biases have B of the weight."""
-    from curvlinops import KFACLinearOperator
-
-    model, x = {
-        "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
-        "sequence": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Mean(1), nn.Linear(5, 3)), (6, 4)),
-        "convolution": (
-            lambda: nn.Sequential(nn.Conv2d(2, 4, 2, stride=2, padding=1), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)),
-            (2, 4, 4),
-        ),
-    }[kind]
-    model, x, y = model(), torch.randn(7, *x), torch.arange(7) % 3
-    (result,) = fit(model, [(x[:4], y[:4]), (x[4:], y[4:])], [kronecker(setting)])
-    names = [n for n, _ in model.named_parameters() if "weight" in n]
-    theirs = KFACLinearOperator(
-        model,
-        nn.CrossEntropyLoss(reduction="sum"),
-        [p for n, p in model.named_parameters() if n in names],
-        [(x, y)],
-        fisher_type="type-2",
-        kfac_approx=setting,
-        check_deterministic=False,
-    )
-    dense = torch.as_tensor(theirs @ torch.eye(theirs.shape[1]))
-    ours = [torch.kron(*(f[0] for f in result.factors(n))) for n in names]
-    close(dense, torch.block_diag(*ours))
-
-
-@pytest.mark.peer("curvlinops")
-def test_curvlinops_loss_of_each_position():
-    """A loss of each position: expand, with three terms an example."""
-    from curvlinops import KFACLinearOperator
-
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    x, y = torch.randn(5, 6, 4), torch.randint(3, (5, 6))
-    (result,) = fit(model, [(x, y)], [GGNKronecker])
-    names = ["0.weight", "2.weight"]
-
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.model = model
-
-        def forward(self, x):
-            return self.model(x).flatten(0, 1)
-
-    theirs = KFACLinearOperator(
-        Flat(),
-        nn.CrossEntropyLoss(reduction="sum"),
-        [model[0].weight, model[2].weight],
-        [(x, y.flatten())],
-        fisher_type="type-2",
-        check_deterministic=False,
-        num_data=5,
-        num_per_example_loss_terms=6,
-    )
-    dense = torch.as_tensor(theirs @ torch.eye(theirs.shape[1]))
-    close(dense, torch.block_diag(*[torch.kron(*(f[0] for f in result.factors(n))) for n in names]))
-
-
-@pytest.mark.peer("backpack")
-def test_backpacks_convolution_is_neither_setting():
-    """Theirs is `T A_expand (x) B_reduce`: T times the trace of neither. Ours is near the exact one."""
-    from backpack import backpack, extend, extensions
-
-    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 4))
-    x, y, count = torch.randn(16, 2, 8, 8), torch.arange(16) % 4, 36
-    exact, expand, reduce = fit(model, [(x, y)], [GGNBlocks, *map(kronecker, SETTINGS)])
-    extended, loss = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss(reduction="sum"))
-    with backpack(extensions.KFLR()):
-        loss(extended(x.clone().requires_grad_()), y).backward()
-    b, a = extended[0].weight.kflr
-    close(b, reduce.factors("0.weight")[0][0])
-    close(a, count * expand.factors("0.weight")[1][0])
-    trace = float(exact.operator().blocks[0].trace())
-    assert float(b.trace() * a.trace()) > 10 * trace
-    assert 0.5 < float(expand.operator().blocks[0].trace()) / trace < 1.5
 
 
 @pytest.mark.parametrize("transposed", [False, True])

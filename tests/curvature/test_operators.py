@@ -10,6 +10,7 @@ from lapkit.curvature import (
     Dense,
     DenseJacobian,
     Diagonal,
+    Factored,
     Kronecker,
     KroneckerProduct,
     LowRank,
@@ -71,6 +72,21 @@ def low_rank_with_a_zero_column_and_a_repeated_one():
     return LowRank(v, 0.5), v @ v.T + 0.5 * torch.eye(6), DenseJacobian(torch.randn(3, 4, 6))
 
 
+def factored(free=True):
+    """Two batches of two parameters; a convolution-like use at two positions, and a bias."""
+
+    def batch(columns, examples):
+        a, g = torch.randn(examples, 2, 1, 2), torch.randn(columns, examples, 2, 1, 3)
+        return OuterProduct(a, g), DenseJacobian(g.sum((2, 3)))
+
+    batches = (batch(2, 3), batch(1, 2))
+    rows = torch.cat([torch.cat([p.to_dense() for p in b], dim=2).flatten(0, 1) for b in batches])
+    offset = torch.rand(9) + 0.1 if free else torch.tensor(0.3)
+    test = NetworkJacobian((OuterProduct(torch.randn(4, 1, 1, 2), torch.randn(3, 4, 1, 1, 3)),))
+    jacobian = NetworkJacobian((*test.parts, DenseJacobian(torch.randn(3, 4, 3))))
+    return Factored(batches, offset), rows.T @ rows + torch.diag(offset.expand(9)), jacobian
+
+
 def mixed():
     kinds = [diagonal(), kronecker(1, KroneckerProduct), dense(), kronecker(2, Kronecker.from_factors), low_rank(2)]
     operators, matrices, jacobians = zip(*kinds, strict=True)
@@ -92,6 +108,8 @@ OPERATORS = {
     "low rank and one number": lambda: low_rank(3, free=False),
     "more columns than weights": lambda: low_rank(9),
     "equal eigenvalues": low_rank_with_a_zero_column_and_a_repeated_one,
+    "factored": factored,
+    "factored and one number": lambda: factored(free=False),
     "one block": lambda: (lambda o, m, j: (BlockDiagonal((o,)), m, NetworkJacobian((j,))))(*dense()),
     "blocks of all kinds": mixed,
 }
@@ -103,6 +121,8 @@ FREE_SHIFTS_ARE_EXACT = (
     "low rank and one number",
     "more columns than weights",
     "equal eigenvalues",
+    "factored",
+    "factored and one number",
 )
 
 
@@ -504,3 +524,14 @@ def test_draws_have_the_inverse_as_covariance(case):
     # An entry of a sample covariance has the variance (c_ii c_jj + c_ij^2) / n.
     spread = ((torch.outer(inverse.diagonal(), inverse.diagonal()) + inverse.square()) / noise.shape[1]).sqrt()
     assert ((draws @ draws.T / noise.shape[1] - inverse).abs() <= 5 * spread).all()
+
+
+def test_shifts_of_very_different_size_keep_the_digits_of_a_log_determinant():
+    """A singular matrix with shifts from 1e-6 to 1e8: the sum has no Cholesky factor in double precision."""
+    columns = torch.randn(30, 12)
+    delta = torch.logspace(-6, 8, 30)[torch.randperm(30)].requires_grad_()
+    found = Dense(columns @ columns.T).logdet_ratio(delta)
+    exact = torch.logdet(torch.eye(12) + columns.T @ (columns / delta[:, None]))
+    torch.testing.assert_close(found, exact, rtol=1e-10, atol=0)
+    (gradient,), (expected,) = torch.autograd.grad(found, delta), torch.autograd.grad(exact, delta)
+    torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=0)

@@ -6,9 +6,10 @@ import oracles
 import pytest
 import reference_problem as ref
 import torch
+from fitting import fit
+from product_cases import PRODUCTS, close, flat, reference, seeded, slow_ggn, slow_hessian, uneven
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrizations import _WeightNorm
 
 from lapkit.curvature import (
@@ -24,54 +25,7 @@ from lapkit.curvature import (
     HeteroscedasticGaussian,
     MonteCarloGGN,
     Parameters,
-    accumulate,
 )
-from lapkit.curvature.products.recording import CannotReplay
-from lapkit.curvature.products.tangents import Tangents
-
-PRODUCTS = (GGNProduct, HessianProduct, FisherProduct, EmpiricalFisherProduct)
-
-
-def close(actual, expected, tolerance=1e-9):
-    """Relative to the largest entry: an entry of zero is a sum that cancels."""
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()) + 1e-14)
-
-
-def flat(gradients):
-    return torch.cat([g.flatten() for g in gradients])
-
-
-def slow_hessian(model, loss):
-    """Row by row, each from a graph of its own."""
-    weights = list(model.parameters())
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        gradient = flat(torch.autograd.grad(loss(model), weights, create_graph=True, materialize_grads=True))
-        rows = [
-            flat(torch.autograd.grad(g, weights, retain_graph=True, materialize_grads=True))
-            if g.requires_grad
-            else torch.zeros_like(gradient)
-            for g in gradient
-        ]
-    return torch.stack(rows).detach()
-
-
-def slow_ggn(jacobian, f, loss):
-    return oracles.ggn(jacobian, oracles.output_hessian(loss, f, torch.zeros(len(f), 1)))
-
-
-def seeded(kind):
-    """The same samples each time."""
-    return {"generator": torch.Generator().manual_seed(0)} if kind is FisherProduct else {}
-
-
-def uneven(x, y):
-    """Batches of one, of three and of the rest."""
-    return [(x[:1], y[:1]), (x[1:4], y[1:4]), (x[4:], y[4:])]
-
-
-def reference(kind, **options):
-    model = ref.model()
-    return kind(model, Categorical(), uneven(ref.inputs(), ref.labels()), **options)
 
 
 def test_ggn_of_every_network(network, slow_jacobian):
@@ -106,13 +60,6 @@ def test_golden_numbers():
         product = reference(kind)
         parts = (product.to_dense().diagonal() / ref.EXAMPLES).split(product.chosen.sizes)
         assert [float(p.sum()) for p in parts] == pytest.approx(traces, rel=1e-9, abs=1e-10)
-
-
-def accumulated(columns, model, data, likelihood):
-    parameters = Parameters.of(model)
-    quantity = GGNDense(parameters)
-    accumulate(model, parameters, likelihood, columns, data, [quantity])
-    return quantity.result().operator().to_dense()
 
 
 def weighted_sequences():
@@ -156,7 +103,8 @@ def test_empirical_fisher():
             g = flat(torch.autograd.grad(F.cross_entropy(model(x[i]), y[i], reduction="sum"), model.parameters()))
             expected = expected + w[i] * torch.outer(g, g)
     close(product.to_dense(), expected)
-    close(product.to_dense(), accumulated(EmpiricalFisher(), model, data, Categorical()))
+    (result,) = fit(model, data, GGNDense, columns=EmpiricalFisher())
+    close(product.to_dense(), result.operator().to_dense())
 
 
 def test_monte_carlo_fisher_is_one_matrix():
@@ -181,7 +129,8 @@ def test_monte_carlo_fisher_is_the_accumulated_one():
     product = reference(FisherProduct, samples=5)
     columns = MonteCarloGGN(5, seed=product._columns.seed)
     data = uneven(ref.inputs(), ref.labels())
-    close(product.to_dense(), accumulated(columns, ref.model(), data, Categorical()))
+    (result,) = fit(ref.model(), data, GGNDense, columns=columns)
+    close(product.to_dense(), result.operator().to_dense())
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
@@ -193,14 +142,6 @@ def test_blocks(kind):
         belongs = [next(g for g, group in enumerate(groups) if n in group or n[0] in group) for n in names]
         group_of = torch.tensor(belongs).repeat_interleave(torch.tensor(product.chosen.sizes))
         close(reference(kind, blocks=blocks, **seeded(kind)).to_dense(), whole * (group_of[:, None] == group_of))
-
-
-@pytest.mark.parametrize(
-    "blocks", [[["0", "2"]], [["0", "2", "4"], ["4.bias"]], [["0", "2", "4", "nothing"]], [["0", "2", "4"], []]]
-)
-def test_groups_that_do_not_fit(blocks):
-    with pytest.raises(ValueError, match=r"Groups|Each parameter"):
-        reference(GGNProduct, blocks=blocks)
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
@@ -240,185 +181,6 @@ def test_model_comes_back(unchanged):
     product = GGNProduct(model, Categorical(), [*data, (ref.inputs(), ref.labels()[:2])], check=False)
     with unchanged(model), pytest.raises(ValueError, match="target"):
         product @ torch.ones(product.size)
-
-
-def test_data_read_once_is_refused():
-    data = uneven(ref.inputs(), ref.labels())
-    for once in (iter(data), (batch for batch in data), map(tuple, data)):
-        with pytest.raises(TypeError, match="only once"):
-            GGNProduct(ref.model(), Categorical(), once)
-    with pytest.raises(ValueError, match="no batch"):
-        GGNProduct(ref.model(), Categorical(), [])
-
-
-def test_changing_data_is_refused_shuffled_is_not():
-    class Augmented:
-        def __iter__(self):
-            return iter([(ref.inputs() + 0.1 * torch.randn(6, 3), ref.labels())])
-
-    class Shrinking(list):
-        def __iter__(self):
-            return iter([self.pop()])
-
-    batch = (ref.inputs(), ref.labels())
-    with pytest.raises(ValueError, match="disagree"):
-        GGNProduct(ref.model(), Categorical(), Augmented())
-    with pytest.raises(ValueError, match="disagree"):
-        GGNProduct(ref.model(), Categorical(), Shrinking([(batch[0][:2], batch[1][:2]), batch]))
-    GGNProduct(ref.model(), Categorical(), Augmented(), check=False)
-    dataset = torch.utils.data.TensorDataset(*batch)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True)
-    product = HessianProduct(ref.model(), Categorical(), loader)
-    close(product.to_dense(), reference(HessianProduct).to_dense())
-
-
-def test_vectors_that_do_not_fit():
-    product = reference(GGNProduct)
-    with pytest.raises(ValueError, match="59"):
-        product @ torch.ones(58)
-    with pytest.raises(TypeError, match="float64"):
-        product @ torch.ones(59, dtype=torch.float32)
-    with pytest.raises(ValueError, match="NaN"):
-        product @ torch.full((59,), torch.nan)
-
-
-class Lambda(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-class NoBatch(torch.autograd.Function):
-    """The square, whose derivatives look at numbers and so cannot be mapped over."""
-
-    generate_vmap_rule = False
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return NoBatchProduct.apply(g, x)
-
-
-class NoBatchProduct(torch.autograd.Function):
-    """`2 g x`."""
-
-    @staticmethod
-    def forward(g, x):
-        return 2 * g * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, h):
-        g, x = ctx.saved_tensors
-        assert float(h.sum()) == float(h.sum())
-        return 2 * h * x, 2 * h * g
-
-    @staticmethod
-    def vmap(info, in_dims, g, x):
-        """Wrong by a factor."""
-        return 4 * g * x, in_dims[0]
-
-
-class Squares(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 3)
-
-    def forward(self, x):
-        return self.two(NoBatch.apply(self.one(x)))
-
-
-class PlainSquares(Squares):
-    def forward(self, x):
-        return self.two(self.one(x).square())
-
-
-@pytest.mark.parametrize("kind", [GGNProduct, HessianProduct])
-def test_operations_that_fail_in_batches_go_one_by_one(kind):
-    model, plain = Squares(), PlainSquares()
-    plain.load_state_dict(model.state_dict())
-    data = uneven(ref.inputs(), ref.labels())
-    vectors = torch.randn(31, 4)
-    product = kind(model, Categorical(), data)
-    with pytest.warns(UserWarning, match="one by one"):
-        found = product @ vectors
-    close(found, kind(plain, Categorical(), data) @ vectors)
-    close(product @ vectors[:, :1], found[:, :1])  # one vector needs no batch, and warns of nothing
-
-
-def test_wrong_rules_for_batches_are_seen(monkeypatch):
-    product = reference(GGNProduct)
-    vectors = torch.randn(product.size, 3)
-    expected = product @ vectors
-    right = torch.func.vmap
-    monkeypatch.setattr(torch.func, "vmap", lambda f: lambda v: tuple(1.001 * t for t in right(f)(v)))
-    with pytest.warns(UserWarning, match="a wrong product"):
-        close(product @ vectors, expected)
-
-
-def test_operations_without_second_derivative_are_refused(unchanged):
-    class Once(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, g):
-            return 2 * g
-
-    class Model(nn.Linear):
-        def forward(self, x):
-            return Once.apply(super().forward(x))
-
-    class Negative(torch.autograd.Function):
-        """Its backward pass cuts the graph."""
-
-        @staticmethod
-        def forward(ctx, x):
-            return -x
-
-        @staticmethod
-        def backward(ctx, g):
-            return -g.detach()
-
-    class Distances(nn.Linear):
-        def forward(self, x):
-            return torch.cdist(x, self.weight)
-
-    for model in (Model(3, 3), nn.Sequential(nn.Linear(3, 3), Lambda(Negative.apply)), Distances(3, 3, bias=False)):
-        for kind in PRODUCTS:
-            with unchanged(model), pytest.raises(RuntimeError, match=r"differentiated twice|are wrong"):
-                kind(model, Categorical(), uneven(ref.inputs(), ref.labels()))
-
-
-def test_wrong_second_derivatives_are_refused():
-    """That of weight_norm misses the derivative of the norm, which the GGN does not need."""
-    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3))
-    data = uneven(ref.inputs(), ref.labels())
-    GGNProduct(model, Categorical(), data)
-    with pytest.raises(RuntimeError, match="are wrong"):
-        HessianProduct(model, Categorical(), data)
-
-
-def test_detached_outputs_are_refused():
-    class Detached(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).detach()
-
-    with pytest.raises(ValueError, match="does not depend"):
-        GGNProduct(Detached(3, 3), Categorical(), uneven(ref.inputs(), ref.labels())) @ torch.ones(12)
 
 
 def test_unused_parameters_have_no_curvature():
@@ -477,144 +239,6 @@ def test_half_precision_gives_single():
 def test_trace():
     product = reference(GGNProduct)
     assert float(product.trace(48).value) / ref.EXAMPLES == pytest.approx(ref.GGN_MEAN_TRACE, rel=1e-10)  # rank 12
-
-
-def convolutional(*layers):
-    """Six examples of one channel, three classes."""
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), *layers, nn.Flatten(), nn.Linear(32, 3))
-
-
-class Rows(nn.Module):
-    """A layer for sequences, over the rows of an image."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        result = self.layer(x.flatten(0, 1))
-        return (result[0] if isinstance(result, tuple) else result).reshape(x.shape)
-
-
-class SelfAttention(nn.MultiheadAttention):
-    def forward(self, x):
-        return super().forward(x, x, x, need_weights=False)
-
-
-def swapped(x):
-    """The two channels exchanged, by writing into memory that was made beforehand."""
-    result = torch.zeros_like(x)
-    result[:, :1] += x[:, 1:]
-    result[:, 1:].copy_(x[:, :1])
-    return result * 1.5
-
-
-FORWARD = {
-    "plain": convolutional,
-    "pooling": lambda: convolutional(nn.Upsample(scale_factor=2), nn.ReLU(inplace=True), nn.MaxPool2d(2)),
-    "transposed, in place": lambda: convolutional(
-        Lambda(lambda x: (x + 1).transpose(2, 3).mul_(2)), nn.GroupNorm(2, 2)
-    ),
-    "batch norm": lambda: convolutional(nn.BatchNorm2d(2), nn.Softplus()),
-    "attention": lambda: convolutional(Rows(SelfAttention(4, 2, batch_first=True))),
-    "transformer": lambda: convolutional(Rows(nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True))),
-    "written into zeros": lambda: convolutional(Lambda(swapped), nn.Tanh()),
-}
-RECURRENT = {  # overwrite parts of what they have read other parts of, which cannot be told from the same part
-    "lstm": lambda: convolutional(Rows(nn.LSTM(4, 4, batch_first=True))),
-    "gru": lambda: convolutional(Rows(nn.GRU(4, 4, batch_first=True))),
-}
-BACKWARD = {
-    "no rule": lambda: convolutional(Lambda(NoBatch.apply), nn.Tanh()),
-    "wrong rule": lambda: convolutional(Lambda(WrongForward.apply)),
-}
-
-
-class WrongForward(torch.autograd.Function):
-    """The square, whose derivative in forward mode is wrong."""
-
-    @staticmethod
-    def forward(x):
-        return x * x
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        (x,) = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx, g):
-        (x,) = ctx.saved_tensors
-        return 2 * g * x
-
-    @staticmethod
-    def jvp(ctx, v):
-        (x,) = ctx.saved_tensors
-        return 2.001 * v * x
-
-
-@pytest.mark.filterwarnings("ignore:Some operation of this model cannot be differentiated in a batch")
-@pytest.mark.parametrize("name", [*FORWARD, *RECURRENT, *BACKWARD])
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("together", [True, False])
-def test_forward_mode(name, count, together, monkeypatch, unchanged, slow_jacobian):
-    """Convolutions go forward where operations allow it, and are exact either way."""
-    if not together:
-        monkeypatch.setattr("lapkit.curvature.products.data_product.CACHE", 0)
-    model = (FORWARD | RECURRENT | BACKWARD)[name]().eval()
-    x, y = torch.randn(6, 1, 6, 6), ref.labels()
-    data = uneven(x, y)
-    product = GGNProduct(model, Categorical(), data)
-    vectors = torch.randn(product.size, count)
-    with unchanged(model):
-        found = product @ vectors
-    assert product._forward_mode.possible == (name in FORWARD or (name in RECURRENT and count == 1))
-    f = model(x).detach()
-    targets = iter(y)
-    expected = slow_ggn(slow_jacobian(model, x), f, lambda f, y: F.cross_entropy(f, next(targets)))
-    close(found, expected @ vectors)
-    close(product @ vectors, found)
-
-
-def test_graphs_of_a_new_form_are_compared_again():
-    """Large inputs take an operation whose rule for forward mode is wrong."""
-
-    class Model(nn.Sequential):
-        def forward(self, x):
-            y = super().forward(x)
-            return WrongForward.apply(y) if float(x.abs().max()) > 100 else y.square()
-
-    model, x = Model(*convolutional()), torch.randn(6, 1, 6, 6)
-    x[4] *= 1000
-    v = torch.randn(sum(p.numel() for p in model.parameters()), 3)
-    product = GGNProduct(model, Gaussian(), [(x[:3], torch.zeros(3, 3)), (x[3:], torch.zeros(3, 3))])
-    found = product @ v
-    assert not product._forward_mode.possible
-    plain = nn.Sequential(model, nn.Identity())
-    plain[0].forward = lambda x: nn.Sequential.forward(model, x).square()
-    close(found, GGNProduct(plain, Gaussian(), [(x, torch.zeros(6, 3))]) @ v)
-
-
-def test_blocks_of_convolutions():
-    model, data = convolutional().eval(), uneven(torch.randn(6, 1, 6, 6), ref.labels())
-    whole, blocks = (GGNProduct(model, Categorical(), data, blocks=b).to_dense() for b in (False, [["0"], ["3"]]))
-    close(blocks[:20, :20], whole[:20, :20])
-    close(blocks[20:, 20:], whole[20:, 20:])
-    assert not blocks[:20, 20:].any()
-
-
-def test_values_that_are_overwritten_cannot_be_read_again():
-    model, x = nn.Linear(3, 3, bias=False), torch.randn(3, 3)
-
-    def run(model):
-        factor = x.clone()
-        result = model.weight * factor
-        factor.zero_()
-        return result
-
-    with pytest.raises(CannotReplay, match="overwrites"):
-        Tangents(model, run, Parameters.of(model), (torch.randn(3, 3),))
 
 
 @pytest.mark.peer("curvlinops")

@@ -5,23 +5,14 @@ import itertools
 import oracles
 import pytest
 import torch
+from fitting import fit
 from networks import brute_force
 from networks.recurrent import Recurrent
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from lapkit.curvature import (
-    GGN,
-    Categorical,
-    DenseJacobian,
-    Engine,
-    GGNDiagonal,
-    GGNKronecker,
-    Parameters,
-    accumulate,
-    borrowed,
-)
+from lapkit.curvature import DenseJacobian, Engine, GGNDiagonal, GGNKronecker, Parameters, borrowed
 from lapkit.curvature.capture.forward import recurrence_on_tape
 from lapkit.curvature.capture.irregular import digit_factors
 from lapkit.curvature.capture.layout import _layout
@@ -122,13 +113,6 @@ def tolerance(request):
     return PRECISION[request.param]
 
 
-def fit(model, data):
-    parameters = Parameters.of(model)
-    quantities = [GGNKronecker(parameters), GGNDiagonal(parameters)]
-    accumulate(model, parameters, Categorical(), GGN(), data, quantities)
-    return [quantity.result() for quantity in quantities]
-
-
 @pytest.mark.parametrize("examples", [1, 4])
 @pytest.mark.parametrize("name", CELLS)
 def test_factors_are_those_of_a_loop_over_steps(name, examples, tolerance):
@@ -141,7 +125,7 @@ def test_factors_are_those_of_a_loop_over_steps(name, examples, tolerance):
         factors(sums, f, label, calls)
     cut = min(2, examples - 1)
     batches = [(x[:cut], y[:cut]), (x[cut:], y[cut:])] if cut else [(x, y)]
-    kronecker, diagonal = fit(model, batches)
+    kronecker, diagonal = fit(model, batches, GGNKronecker, GGNDiagonal)
     assert sums.keys() == {n for n, _ in model.named_parameters() if n.startswith("cell.weight")}
     agree(kronecker, sums, tolerance)
     jacobian = brute_force.jacobian(model, x, examples, lambda m, x: m(x))[1]
@@ -166,7 +150,7 @@ def test_factors_of_packed_sequences(name, tolerance):
         factors(sums, f, y[n], calls)
     for cuts in ([5], [1, 4], [2, 2, 1]):
         batches = [((a, b), c) for a, b, c in zip(x.split(cuts), lengths.split(cuts), y.split(cuts), strict=True)]
-        agree(fit(model, batches)[0], sums, tolerance)
+        agree(fit(model, batches, GGNKronecker)[0], sums, tolerance)
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from fitting import fit
+from networks.registry import Model
 from torch import nn
 
 from lapkit.curvature import (
@@ -17,17 +19,6 @@ from lapkit.curvature import (
     accumulate,
     borrowed,
 )
-
-
-class Model(nn.Module):
-    def __init__(self, function, **members):
-        super().__init__()
-        self.function = function
-        for name, member in members.items():
-            setattr(self, name, member)
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 class Centred(nn.Module):
@@ -63,10 +54,7 @@ def with_nan():
 def fits(model, x=None, y=None, data=None):
     x = torch.randn(6, 4) if x is None else x
     y = torch.randint(3, (6,)) if y is None else y
-    parameters = Parameters.of(model)
-    kinds = (GGNDiagonal, GGNBlocks, GGNDense, GGNKronecker)
-    quantities = [kind(parameters) for kind in kinds]
-    return accumulate(model, parameters, Categorical(), GGN(), [(x, y)] if data is None else data, quantities)
+    return fit(model, [(x, y)] if data is None else data, GGNDiagonal, GGNBlocks, GGNDense, GGNKronecker)
 
 
 INPUTS = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(6, 4)
@@ -144,7 +132,7 @@ REFUSALS = {
         TypeError,
         "Batch 1 of the data is a tuple of length 3",
     ),
-    "targets in a list": (between, {"data": [(INPUTS, [0, 1])]}, TypeError, "tensor of targets"),
+    "ragged targets": (between, {"data": [(INPUTS, [[0], [1, 2]])]}, ValueError, "make no tensor.*pad ragged"),
     "labels out of range": (between, {"y": LABELS + 1}, ValueError, "between 1 and 3.*3 outputs"),
     "an error of the model itself": (between, {"x": INPUTS[:, :3]}, RuntimeError, "shapes cannot be multiplied"),
 }

@@ -161,8 +161,9 @@ def test_numbers_and_keys_are_those_of_the_cpu():
 
 
 def hash_in_python(rows):
-    """The key of each example of one integer tensor `(N, F)`, in Python's integers."""
+    """The key of each example of one tensor, given as rows of 16-bit words, in Python's integers."""
     full = (1 << 64) - 1
+    signed = lambda z, bits: z - (1 << bits) * (z >> bits - 1)  # noqa: E731
 
     def mixed(z):
         z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & full
@@ -170,18 +171,43 @@ def hash_in_python(rows):
         return z ^ z >> 31
 
     def key(row):
-        total = sum(mixed(value) * (mixed(place) | 1) for place, value in enumerate(row, start=1))
+        total = 0
+        for j in range(4):
+            multipliers = (signed(mixed(4 * place + j + 1) >> 43, 21) for place in range(len(row)))
+            total = (mixed(total) + sum(r * signed(w, 16) for r, w in zip(multipliers, row, strict=True))) & full
         return mixed((mixed(1) + total) & full)
 
-    return [key(row) - (1 << 64) * (key(row) >> 63) for row in rows]
+    return [signed(key(row), 64) for row in rows]
+
+
+def words_in_python(numbers, size):
+    """Numbers as the 16-bit words of their bits, the lowest first."""
+    return [[value >> 16 * part & 0xFFFF for value in row for part in range(size // 2)] for row in numbers]
 
 
 def test_keys_are_a_hash_of_the_example():
     x = torch.randint(-(2**63), 2**63 - 1, (5, 3))
-    assert example_keys(x, 5).tolist() == hash_in_python([[v & ((1 << 64) - 1) for v in row] for row in x.tolist()])
+    assert example_keys(x, 5).tolist() == hash_in_python(words_in_python(x.tolist(), 8))
+    floats = torch.randn(5, 3, dtype=torch.float32)
+    assert example_keys(floats, 5).tolist() == hash_in_python(words_in_python(floats.view(torch.int32).tolist(), 4))
 
 
-TYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.uint8]
+def test_sums_of_the_largest_words_are_exact():
+    words = torch.full((1, 70_000), -(2**15), dtype=torch.int16)
+    expected = hash_in_python([[1 << 15] * 70_000])
+    assert example_keys(words.view(torch.int64), 1).tolist() == expected
+
+
+TYPES = [
+    torch.float8_e5m2,
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.int64,
+    torch.uint8,
+]
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from one_by_one import Net, check, slow
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,6 +24,8 @@ from lapkit.curvature import (
     Parameters,
     borrowed,
     compute,
+    hessian_blocks,
+    hessian_diagonal,
     hessian_products,
     largest_eigenpairs,
     smallest_eigenpairs,
@@ -30,43 +33,11 @@ from lapkit.curvature import (
 from lapkit.curvature.quantities.quantity import described
 
 
-class Net(nn.Module):
-    """Two layers, with a function of the module and the inputs for its forward pass."""
-
-    def __init__(self, function, *, inputs=4):
-        super().__init__()
-        self.one, self.two, self.function = nn.Linear(inputs, 4), nn.Linear(4, 3), function
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
 class OfTwo(Net):
     """The same with two inputs."""
 
     def forward(self, a, b):
         return self.function(self, a, b)
-
-
-def slow(outputs, weights, data):
-    """Gradients `(N, P)` and the GGN by plain autograd; `outputs` are those of each example by itself."""
-    rows, ggn = [], 0
-    for f, y in zip(outputs, data, strict=True):
-        p = f.detach().softmax(-1)
-        pieces = [torch.autograd.grad(v, weights, retain_graph=True, materialize_grads=True) for v in f]
-        J = torch.stack([torch.cat([g.flatten() for g in piece]) for piece in pieces])
-        rows.append((p - F.one_hot(y, len(p))) @ J)
-        ggn = ggn + J.T @ (p.diag() - p.outer(p)) @ J
-    return torch.stack(rows), ggn
-
-
-def check(model, data, alone, *, forward_fn=None):
-    """Compare with `alone`, the list of outputs of a batch's examples."""
-    found = compute(model, Categorical(), data, {"g": Gradients, "ggn": GGNDense}, forward_fn=forward_fn)
-    outputs = [f for x, _ in data for f in alone(x)]
-    rows, ggn = slow(outputs, list(model.parameters()), torch.cat([y for _, y in data]))
-    torch.testing.assert_close(found["g"].matrix(), rows, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(found["ggn"].tensors["matrix"], ggn, rtol=1e-9, atol=1e-10)
 
 
 def labels(n):
@@ -95,7 +66,7 @@ def test_a_kernel_may_be_stored_flat(shape):
             return F.conv1d(x, self.weight.view(3, 2, -1)).tanh().mean(-1)
 
     model = Flat()
-    check(model, batches(3, 5, shape=(2, 4)), lambda x: [model(one[None])[0] for one in x])
+    check(model, batches(3, 5, shape=(2, 4)))
 
 
 def test_a_matrix_may_be_a_kernel_and_a_layer():
@@ -110,7 +81,7 @@ def test_a_matrix_may_be_a_kernel_and_a_layer():
             )
 
     model = Shared()
-    check(model, batches(3, 5), lambda x: [model(one[None])[0] for one in x])
+    check(model, batches(3, 5))
 
 
 # Lists and tuples with as many tensors as there are examples
@@ -319,3 +290,37 @@ def test_products_of_a_loader_that_reuses_its_tensors(weighted):
 def test_products_refuse_batch_statistics(product, sizes):
     with pytest.raises(ValueError, match="examples"):
         product(with_batch_statistics(), Categorical(), batches(*sizes, shape=(2, 3)))
+
+
+USES = {
+    "compute": lambda model, data: compute(model, Categorical(), data, {"diagonal": GGNDiagonal}),
+    "hessian_diagonal": lambda model, data: hessian_diagonal(model, Categorical(), data),
+    "product": lambda model, data: HessianProduct(model, Categorical(), data),
+    "hessian_blocks": lambda model, data: hessian_blocks(model, Categorical(), data),
+    "hessian_products": lambda model, data: hessian_products(model, Categorical(), data),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_forward_pass_that_changes_the_weights_is_refused(use, unchanged):
+    model = nn.Sequential(nn.Embedding(5, 3, max_norm=0.5), nn.Flatten(), nn.Linear(6, 3))
+    data = [(torch.randint(5, (4, 2)), torch.arange(4) % 3)]
+    with unchanged(model), pytest.raises(ValueError, match=r"Modules \['0'\] rescale their own weights"):
+        USES[use](model, data)
+
+
+def test_weights_of_two_types_are_refused():
+    model = Net(lambda m, x: m.two(m.one(x.float()).tanh().double()))
+    model.one.float()
+    with pytest.raises(ValueError, match=r"are of types \['torch.float32', 'torch.float64'\]"):
+        USES["compute"](model, [(torch.randn(3, 4), torch.arange(3))])
+
+
+@pytest.mark.parametrize("use", USES)
+def test_height_and_width_exchanged_in_the_targets_are_refused(use):
+    """As many labels, at other pixels."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Conv2d(2, 3, 1))
+    x, y = torch.randn(2, 1, 3, 5), torch.randint(3, (2, 2, 4))
+    USES[use](model, [(x, y)])
+    with pytest.raises(ValueError, match=r"Targets \(2, 4, 2\) do not stand at the positions \(2, 4\)"):
+        USES[use](model, [(x, y.mT.contiguous())])

@@ -1,16 +1,14 @@
 """The GGN by its columns: exact unless a rank is asked for, inside a memory limit, and mergeable."""
 
-import copy
-
 import oracles
 import pytest
 import torch
+from fitting import fit, likelihood_for
 from torch import nn
 from torch.nn import functional as F
 
 from lapkit.curvature import (
     GGN,
-    Bernoulli,
     Categorical,
     EmpiricalFisher,
     GGNBlocks,
@@ -20,7 +18,6 @@ from lapkit.curvature import (
     LowRankSum,
     Parameters,
     SqrtGGN,
-    accumulate,
     ekfac,
 )
 from lapkit.curvature.quantities import cross
@@ -30,28 +27,16 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
-def fit(model, batches, likelihood, *makers, columns=None):
-    parameters = Parameters.of(model)
-    made = [make(parameters) for make in makers]
-    accumulate(model, parameters, likelihood, columns or GGN(), batches, made)
-    return [quantity.result() for quantity in made]
-
-
 def by_parameter(parameters):
     return SqrtGGN(parameters, per_parameter=True)
-
-
-def likelihood_for(model, x):
-    outputs = copy.deepcopy(model)(x).reshape(len(x), -1).shape[1]
-    return (Bernoulli() if outputs == 1 else Categorical()), torch.arange(len(x)) % max(outputs, 2)
 
 
 def test_columns_of_every_network(network):
     model, inputs = network
     x = inputs(5)
-    likelihood, y = likelihood_for(model, x)
+    likelihood, y, _ = likelihood_for(model, x)
     batches = [(x[:2], y[:2]), (x[2:], y[2:])]
-    dense, blocks, whole, apart = fit(model, batches, likelihood, GGNDense, GGNBlocks, SqrtGGN, by_parameter)
+    dense, blocks, whole, apart = fit(model, batches, GGNDense, GGNBlocks, SqrtGGN, by_parameter, likelihood=likelihood)
     close(whole.operator().to_dense(), dense.operator().to_dense())
     close(apart.operator().to_dense(), blocks.operator().to_dense())
     assert max(*whole.dropped().values(), *apart.dropped().values()) < 1e-12
@@ -67,7 +52,7 @@ def problem():
 def test_columns_are_jacobians_times_roots(problem):
     """`v_{kn} = J_n^T s_{kn}`: their Gram matrix has the eigenvalues of the GGN by autograd."""
     model, x, y = problem
-    (result,) = fit(model, [(x, y)], Categorical(), SqrtGGN)
+    (result,) = fit(model, [(x, y)], SqrtGGN)
     loss = lambda f, y: F.cross_entropy(f[None], y[None])  # noqa: E731
     expected = oracles.ggn(oracles.jacobian(model, x), oracles.output_hessian(loss, model(x), y))
     operator = result.operator()
@@ -80,9 +65,7 @@ def test_columns_are_jacobians_times_roots(problem):
 def test_halves_add_up(problem):
     model, x, y = problem
     for make in (SqrtGGN, by_parameter):
-        one, two, whole = (
-            fit(model, [(x[p], y[p])], Categorical(), make)[0] for p in (slice(3), slice(3, 8), slice(8))
-        )
+        one, two, whole = (fit(model, [(x[p], y[p])], make)[0] for p in (slice(3), slice(3, 8), slice(8)))
         total = one + two
         assert total.count == 8
         close(total.operator().to_dense(), whole.operator().to_dense())
@@ -92,7 +75,7 @@ def test_halves_add_up(problem):
 def test_never_more_columns_than_weights(problem):
     model, x, y = problem
     batches = [(x, y)] * 6
-    whole, apart, dense = fit(model, batches, Categorical(), SqrtGGN, by_parameter, GGNDense)
+    whole, apart, dense = fit(model, batches, SqrtGGN, by_parameter, GGNDense)
     assert whole.operator().rank == 60
     assert [b.rank for b in apart.operator().blocks] == [24, 6, 18, 3, 9]
     close(whole.operator().to_dense(), dense.operator().to_dense())
@@ -103,14 +86,14 @@ def test_never_more_columns_than_weights(problem):
 
 def test_a_limited_rank_keeps_the_largest_part(problem):
     model, x, y = problem
-    exact, small = fit(model, [(x, y)], Categorical(), SqrtGGN, lambda p: SqrtGGN(p, rank=5))
+    exact, small = fit(model, [(x, y)], SqrtGGN, lambda p: SqrtGGN(p, rank=5))
     values, vectors = torch.linalg.eigh(exact.operator().to_dense())
     close(small.operator().to_dense(), vectors[:, -5:] * values[-5:] @ vectors[:, -5:].T)
     assert small.dropped()["columns"] == pytest.approx(float(values[:-5].sum() / values.sum()))
     assert (small + small).operator().rank == 5
     close((small + small).operator().to_dense(), 2 * small.operator().to_dense())
     batches = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 8, 2)]
-    (streamed,) = fit(model, batches, Categorical(), lambda p: SqrtGGN(p, rank=14))
+    (streamed,) = fit(model, batches, lambda p: SqrtGGN(p, rank=14))
     assert streamed.operator().rank == 14
     assert 0 <= streamed.dropped()["columns"] < 0.05
     with pytest.raises(ValueError, match="'rank'"):
@@ -121,10 +104,10 @@ def test_memory_is_limited(problem):
     """60 weights of 8 bytes: 16 columns take 7680 bytes."""
     model, x, y = problem
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
-    fit(model, batches, Categorical(), lambda p: SqrtGGN(p, memory_limit=7680))
+    fit(model, batches, lambda p: SqrtGGN(p, memory_limit=7680))
     with pytest.raises(ValueError, match=r"60 weights take .* MiB each.*GiB after 8 examples.*limit.*MonteCarloGGN"):
-        fit(model, batches, Categorical(), lambda p: SqrtGGN(p, memory_limit=7679))
-    fit(model, batches * 5, Categorical(), lambda p: SqrtGGN(p, rank=2, memory_limit=7680))
+        fit(model, batches, lambda p: SqrtGGN(p, memory_limit=7679))
+    fit(model, batches * 5, lambda p: SqrtGGN(p, rank=2, memory_limit=7680))
 
 
 @pytest.mark.parametrize("options", [{"rank": 0}, {"memory_limit": 0}])
@@ -136,7 +119,7 @@ def test_impossible_settings(options):
 def test_stored(problem, tmp_path):
     model, x, y = problem
     for make in (SqrtGGN, by_parameter, lambda p: SqrtGGN(p, rank=3)):
-        (result,) = fit(model, [(x, y)], Categorical(), make)
+        (result,) = fit(model, [(x, y)], make)
         result.save(tmp_path / "columns.safetensors")
         again = LowRankSum.load(tmp_path / "columns.safetensors")
         close(again.operator().to_dense(), result.operator().to_dense())
@@ -172,9 +155,9 @@ def test_parameters_that_the_outputs_do_not_depend_on():
 
     x, y = torch.randn(5, 4), torch.arange(5) % 3
     makers = (SqrtGGN, by_parameter, GGNDense, GGNKronecker)
-    whole, apart, dense, kronecker = fit(Spare(), [(x, y)], Categorical(), *makers)
+    whole, apart, dense, kronecker = fit(Spare(), [(x, y)], *makers)
     close(whole.operator().to_dense(), dense.operator().to_dense())
-    corrected = ekfac(Spare(), Categorical(), [(x, y)])
+    corrected = ekfac(Spare(), Categorical(), [(x, y)]).operator()
     for operator in (apart.operator(), kronecker.operator(), corrected):
         assert not operator.to_dense()[:2].any()
         assert operator.to_dense()[2:].any()
@@ -186,8 +169,8 @@ def test_a_weight_counts_an_example_as_often(problem):
     times = torch.tensor([2, 0, 1, 3, 1, 1, 1, 1])
     repeated = torch.arange(8).repeat_interleave(times)
     for make in (SqrtGGN, GGNDense):
-        (weighted,) = fit(model, [(x, y, times.double())], Categorical(), make)
-        (expected,) = fit(model, [(x[repeated], y[repeated])], Categorical(), make)
+        (weighted,) = fit(model, [(x, y, times.double())], make)
+        (expected,) = fit(model, [(x[repeated], y[repeated])], make)
         close(weighted.operator().to_dense(), expected.operator().to_dense())
 
 
@@ -198,6 +181,6 @@ def test_the_full_matrix_from_pairs_of_layers(network, columns, budget, monkeypa
     monkeypatch.setattr(cross, "BUDGET", budget)
     model, inputs = network
     x = inputs(4)
-    likelihood, y = likelihood_for(model, x)
-    pairs, whole = fit(model, [(x, y)], likelihood, GGNDense, SqrtGGN, columns=columns)
+    likelihood, y, _ = likelihood_for(model, x)
+    pairs, whole = fit(model, [(x, y)], GGNDense, SqrtGGN, columns=columns, likelihood=likelihood)
     close(pairs.operator().to_dense(), whole.operator().to_dense())

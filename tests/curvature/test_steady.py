@@ -2,45 +2,11 @@
 
 import pytest
 import torch
+from one_by_one import Net, check
 from torch import nn
 from torch.nn import functional as F
 
-from lapkit.curvature import Categorical, Engine, GGNDense, Gradients, compute
-
-
-class Net(nn.Module):
-    """Two layers, with a function of the module and the batch for its forward pass."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.one, self.two, self.function = nn.Linear(4, 4), nn.Linear(4, 3), function
-
-    def layers(self, x):
-        return self.two(self.one(x).tanh())
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-def slow(model, data):
-    """Gradients `(N, P)` and the GGN by plain autograd, one example at a time."""
-    weights, rows, ggn = list(model.parameters()), [], 0
-    for inputs, targets in data:
-        for x, y in zip(inputs.split(1), targets.split(1), strict=True):
-            f = model(x)
-            p = f.detach()[0].softmax(0)
-            pieces = [torch.autograd.grad(v, weights, retain_graph=True, materialize_grads=True) for v in f[0]]
-            J = torch.stack([torch.cat([g.flatten() for g in piece]) for piece in pieces])
-            rows.append((p - F.one_hot(y[0], len(p))) @ J)
-            ggn = ggn + J.T @ (p.diag() - p.outer(p)) @ J
-    return torch.stack(rows), ggn
-
-
-def check(model, data):
-    found = compute(model, Categorical(), data, {"gradients": Gradients, "ggn": GGNDense})
-    rows, ggn = slow(model.eval(), data)
-    torch.testing.assert_close(found["gradients"].matrix(), rows, rtol=1e-9, atol=1e-10)
-    torch.testing.assert_close(found["ggn"].tensors["matrix"], ggn, rtol=1e-9, atol=1e-10)
+from lapkit.curvature import Categorical, Engine, Gradients, compute
 
 
 @pytest.fixture

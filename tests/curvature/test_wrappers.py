@@ -6,6 +6,7 @@ import copy
 import oracles
 import pytest
 import torch
+from fitting import fit
 from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.utils.checkpoint import checkpoint
@@ -40,11 +41,8 @@ def dense(model, x, **arguments):
         return Engine(model, parameters, **arguments).jacobian(x)[1].to_dense().transpose(0, 1)
 
 
-def fit(model, x, y, *kinds, **arguments):
-    parameters = Parameters.of(model)
-    quantities = [kind(parameters) for kind in kinds]
-    accumulate(model, parameters, Categorical(), GGN(), [(x[:4], y[:4]), (x[4:], y[4:])], quantities, **arguments)
-    return [q.result() for q in quantities]
+def fit_halves(model, x, y, *kinds):
+    return fit(model, [(x[:4], y[:4]), (x[4:], y[4:])], *kinds)
 
 
 @pytest.fixture
@@ -112,7 +110,7 @@ def test_wrapped_models(wrapped, data, unchanged):
     x, y = data
     with unchanged(model):
         close(dense(model, x), oracles.jacobian(plain, x))
-        one, other = (fit(m, x, y, GGNDiagonal, GGNDense, GGNKronecker) for m in (plain, model))
+        one, other = (fit_halves(m, x, y, GGNDiagonal, GGNDense, GGNKronecker) for m in (plain, model))
     for expected, actual in zip(one, other, strict=True):
         close(actual.operator().to_dense(), expected.operator().to_dense())
 
@@ -141,7 +139,7 @@ def test_a_second_fit_adds_to_the_first(wrapped, data):
     quantity = GGNDiagonal(parameters)
     for _ in range(2):
         accumulate(model, parameters, Categorical(), GGN(), [(x, y)], [quantity])
-    first, second = (fit(model, x, y, GGNDiagonal)[0] for _ in range(2))
+    first, second = (fit_halves(model, x, y, GGNDiagonal)[0] for _ in range(2))
     close((first + second).operator().values, quantity.result().operator().values)
     assert Parameters.of(model).names == parameters.names
 
@@ -155,7 +153,7 @@ def test_names_do_not_depend_on_the_wrapper(wrapped, data):
     assert Parameters.of(model).names == Parameters.of(plain).names
     chosen = Parameters.of(model, ["3"])
     assert chosen.numel == 18
-    both = fit(model, *data, GGNDiagonal)[0] + fit(plain, *data, GGNDiagonal)[0]
+    both = fit_halves(model, *data, GGNDiagonal)[0] + fit_halves(plain, *data, GGNDiagonal)[0]
     assert both.count == 14
 
 
@@ -195,7 +193,9 @@ def test_recomputed_activations(data):
     expected = oracles.jacobian(plain, x)
     close(dense(model, x), expected)
     close(dense(model, x, memory_budget=1), expected)
-    for one, other in zip(*(fit(m, x, y, GGNDiagonal, GGNDense, GGNKronecker) for m in (model, plain)), strict=True):
+    for one, other in zip(
+        *(fit_halves(m, x, y, GGNDiagonal, GGNDense, GGNKronecker) for m in (model, plain)), strict=True
+    ):
         close(one.operator().to_dense(), other.operator().to_dense())
 
 
@@ -246,7 +246,7 @@ def test_sums_in_mixed_precision(data):
     results = []
     for context in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
         with context:
-            results.append([r.operator() for r in fit(model, x.float(), y, GGNDiagonal, GGNKronecker, GGNDense)])
+            results.append([r.operator() for r in fit_halves(model, x.float(), y, GGNDiagonal, GGNKronecker, GGNDense)])
     for exact, coarse in zip(*results, strict=True):
         exact, coarse = exact.to_dense(), coarse.to_dense()
         assert coarse.dtype == torch.float32
@@ -271,9 +271,9 @@ def test_inputs_made_in_inference_mode(data):
     model = network()
     with torch.inference_mode():
         x, y = data[0].clone(), data[1].clone()
-        inside = fit(model, x, y, GGNDense)[0]
-    outside = fit(model, x, y, GGNDense)[0]
-    expected = fit(model, *data, GGNDense)[0]
+        inside = fit_halves(model, x, y, GGNDense)[0]
+    outside = fit_halves(model, x, y, GGNDense)[0]
+    expected = fit_halves(model, *data, GGNDense)[0]
     assert torch.equal(inside.operator().to_dense(), expected.operator().to_dense())
     assert torch.equal(outside.operator().to_dense(), expected.operator().to_dense())
     close(dense(model, x), oracles.jacobian(model, data[0]))

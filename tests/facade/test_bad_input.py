@@ -3,7 +3,6 @@
 import copy
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 import torch
 from dense_laplace import KINDS, STRUCTURES, problem, untouched
@@ -125,8 +124,8 @@ def test_use_before_the_fit(use):
     [
         (
             "classification",
-            lambda la, x: la(x, link_approx="bridge"),
-            "Unknown link_approx 'bridge'. Choose one of 'probit', 'mc'",
+            lambda la, x: la(x, link_approx="logit"),
+            "Unknown link_approx 'logit'. Choose one of 'probit', 'probit_centered', 'mean_field', 'bridge'",
         ),
         ("classification", lambda la, x: la(x, pred_type="nn"), "Unknown pred_type 'nn'. Choose one of 'glm'"),
         ("classification", lambda la, x: la(x, link_approx="mc", n_samples=0), "at least one sample, got n_samples=0"),
@@ -191,16 +190,22 @@ def test_an_empty_loader(loader, subset):
         (torch.zeros(4, 3),),
         (torch.zeros(4, 3), torch.zeros(4), torch.zeros(4, dtype=torch.long)),
         {"x": torch.zeros(4, 3), "y": torch.zeros(4)},
-        (torch.zeros(4, 3), [0, 1, 2, 0]),
-        (torch.zeros(4, 3), np.zeros(4, dtype=np.int64)),
+        (torch.zeros(4, 3), 1),
         None,
     ],
-    ids=["tensor", "one", "three", "dict", "list targets", "numpy targets", "None"],
+    ids=["tensor", "one", "three", "dict", "a number", "None"],
 )
 def test_a_batch_that_is_not_a_pair(batch, subset):
     model = problem("classification").fresh
     with refused(model, TypeError, r"Batch 0 of the data is a .*expected a pair \(inputs, targets\).*collate_fn"):
         Laplace(model, "classification", subset).fit([batch])
+
+
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_a_data_set_without_a_loader(subset):
+    case = problem("classification")
+    with refused(case.model, TypeError, "a TensorDataset, which gives one example at a time.*DataLoader"):
+        Laplace(case.model, "classification", subset).fit(TensorDataset(torch.zeros(3, 3), torch.zeros(3).long()))
 
 
 def test_the_number_of_the_bad_batch_is_told():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 VARIANTS: dict[str, Callable[[], nn.Module]] = {}
@@ -28,5 +29,21 @@ class Model(nn.Module):
         return self.function(self, x)
 
 
+def gaussian(*shape: int) -> Callable[[int], Tensor]:
+    """Inputs of this shape for so many examples."""
+    return lambda n: torch.randn(n, *shape)
+
+
 def layers(*middle: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), *middle, nn.Linear(5, 3))
+
+
+class Mean(nn.Module):
+    """Over some of the axes."""
+
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.axes)

@@ -12,12 +12,19 @@ from lapkit.curvature import (
     GGNDense,
     GGNDiagonal,
     GGNKronecker,
+    LowRankGGN,
     Parameters,
     accumulate,
 )
 from lapkit.posteriors import Fit
 
-QUANTITIES = {"diag": GGNDiagonal, "kron": GGNKronecker, "blockdiag": GGNBlocks, "full": GGNDense}
+QUANTITIES = {
+    "diag": GGNDiagonal,
+    "kron": GGNKronecker,
+    "blockdiag": GGNBlocks,
+    "full": GGNDense,
+    "lowrank": LowRankGGN,
+}
 LIKELIHOODS = {"classification": Categorical, "regression": Gaussian, "binary": Bernoulli}
 
 

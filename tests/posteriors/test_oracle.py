@@ -1,39 +1,21 @@
 """The committed oracle: evidence and predictives of small linear models, each value to the tolerance it states."""
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from committed_oracle import ORACLE, check, data, linear, value
 
 from lapkit import Laplace
-from lapkit.curvature import Bernoulli
-from lapkit.posteriors import FunctionDistribution, closed_form, monte_carlo
-
-ORACLE = json.loads((Path(__file__).parents[1] / "data" / "predictive_evidence_pruning.json").read_text())
-
-
-def value(metric):
-    (case,) = [c for c in ORACLE["cases"] if c["metric"] == metric]
-    return torch.tensor(case["value"], dtype=torch.float64), case["tol"]
-
-
-def check(ours, metric):
-    theirs, tolerance = value(metric)
-    torch.testing.assert_close(torch.as_tensor(ours, dtype=torch.float64), theirs, rtol=0, atol=tolerance)
-
-
-def data(group, *names):
-    return [torch.tensor(ORACLE["inputs"][group][name]) for name in names]
-
-
-def linear(weight):
-    model = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    with torch.no_grad():
-        model.weight.copy_(weight)
-    return model
+from lapkit.curvature import Bernoulli, Categorical
+from lapkit.posteriors import (
+    LINKS,
+    FunctionDistribution,
+    closed_form,
+    expected_normal_cdf,
+    monte_carlo,
+    quasi_monte_carlo,
+)
 
 
 @pytest.fixture
@@ -74,6 +56,11 @@ def test_probit_of_classes(softmax, new_x):
     check(softmax(new_x, link_approx="probit"), "multiclass probit")
 
 
+def test_bridge_norm_of_classes(softmax, new_x):
+    ours = LINKS["bridge_norm"](Categorical(), softmax.function_distribution(new_x))
+    check(ours, "Laplace bridge_norm mean")
+
+
 def test_joint_covariance(softmax, new_x):
     """The facade gives a joint covariance for regression only; J P^-1 J^T of all inputs is the same for any kind."""
     J = torch.kron(new_x, torch.eye(3)).unflatten(1, (3, 3)).mT.flatten(1)  # (6 C, P), the weight row by row
@@ -87,6 +74,13 @@ def test_expectation_of_a_sigmoid(logits):
     assert (closed_form(Bernoulli(), logits).mean[:, 0] - exact).abs().max() < 0.0034
     ours = monte_carlo(Bernoulli(), logits, 100_000, torch.Generator().manual_seed(0))[:, 0]
     assert (ours - exact).abs().max() < 5 * 0.5 / 100_000**0.5
+    evenly = quasi_monte_carlo(Bernoulli(), logits, 2**14, torch.Generator().manual_seed(0))[:, 0]
+    assert (evenly - exact).abs().max() < 1e-4
+    check(LINKS["gauss_hermite"](Bernoulli(), logits)[:, 0], "E[sigmoid(f)] exact")
+
+
+def test_expectation_of_a_normal_cdf(logits):
+    check(expected_normal_cdf(logits.mean, logits.variance)[:, 0], "E[Phi(f)] exact (probit link)")
 
 
 # -- linear regression

@@ -1,0 +1,105 @@
+"""The pass that sums Gram matrices: each layer's Jacobian comes, leaves its inner products and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature.capture.backprop import Backprop
+from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
+from lapkit.curvature.parameters import Parameters
+from lapkit.curvature.spectra.factors import Factors
+from lapkit.curvature.spectra.layers import Layers, inner_products
+from lapkit.curvature.spectra.sections import deliver
+
+
+@dataclass(frozen=True, eq=False)
+class GramSum:
+    """Inner products over one group of weights.
+
+    Args:
+        matrix: `V^T V`, `(K N_c, K N_c)`.
+        gradients: `V^T g_n`, `(K N_c, N)`, or None.
+    """
+
+    matrix: Tensor
+    gradients: Tensor | None
+
+
+def gram_sums(factors: Factors, backprop: Backprop, groups: Mapping[str, Parameters]) -> dict[str, GramSum]:
+    """The Gram matrix of each group, layer by layer, with the gradients in the same pass where they can be.
+
+    Args:
+        factors: what is sent back; the model is borrowed.
+        backprop: the pass of all examples.
+        groups: each parameter in one.
+
+    Returns:
+        The sums by label.
+
+    Reference:
+        Dangel et al., ViViT, 2022, section 3 and appendix C.1.
+    """
+    label_of = {name: label for label, group in groups.items() for name in group.names}
+    if factors.separate:
+        return _of_two_batches(factors, backprop, label_of)
+    return _of_one_batch(factors, backprop, label_of)
+
+
+def _of_one_batch(factors: Factors, backprop: Backprop, label_of: Mapping[str, str]) -> dict[str, GramSum]:
+    """Columns and gradients side by side: one symmetric matrix of inner products has both."""
+    columns, like = factors.in_part(factors.columns), summable(factors.columns)
+    count, examples = len(columns), len(factors.part)
+    if factors.residuals is not None:
+        columns = torch.cat([columns, factors.residuals[None]])
+    shape = (len(columns), examples, len(columns), examples)
+    totals = {label: like.new_zeros(shape) for label in dict.fromkeys(label_of.values())}
+
+    def add(names: list[str], jacobians: list[LayerJacobian]) -> None:
+        total = totals[label_of[names[0]]]
+        total += inner_products(jacobians)
+
+    layers = Layers(add, label_of.__getitem__)
+    deliver(backprop, columns, layers)
+    layers.flush()
+    return {label: _parts(totals.pop(label), count, factors) for label in list(totals)}
+
+
+def _parts(total: Tensor, count: int, factors: Factors) -> GramSum:
+    """Columns with columns, and columns with gradients."""
+    rows = total[:count]
+    if len(factors.places) < len(factors.part):
+        rows = rows[:, factors.places]
+        matrix = rows[:, :, :count][..., factors.places]
+    else:
+        matrix = rows[:, :, :count]
+    size = matrix.shape[0] * matrix.shape[1]
+    gradients = None if factors.residuals is None else rows[:, :, count].reshape(size, -1)
+    return GramSum(matrix.reshape(size, size), gradients)
+
+
+def _of_two_batches(factors: Factors, backprop: Backprop, label_of: Mapping[str, str]) -> dict[str, GramSum]:
+    """Gradients of all examples, kept in factored form, meet the columns of some."""
+    like, size = summable(factors.columns), len(factors.columns) * len(factors.index)
+    labels = dict.fromkeys(label_of.values())
+    matrices = {label: like.new_zeros(size, size) for label in labels}
+    products = {label: like.new_zeros(size, len(factors.batch)) for label in labels}
+    kept: dict[str, LayerJacobian] = {}
+    if factors.residuals is not None:
+        deliver(backprop, factors.residuals[None], kept.__setitem__)
+
+    def add(names: list[str], jacobians: list[LayerJacobian]) -> None:
+        label = label_of[names[0]]
+        matrices[label] += inner_products(jacobians).reshape(size, size)
+        both = [(kept.pop(name), jacobian) for name, jacobian in zip(names, jacobians, strict=True) if name in kept]
+        if both:
+            products[label] += inner_products([j for _, j in both], [g for g, _ in both]).reshape(size, -1)
+
+    layers = Layers(add, label_of.__getitem__)
+    deliver(factors.network.backprop(factors.part), factors.columns, layers)
+    layers.flush()
+    wanted = factors.residuals is not None
+    return {label: GramSum(matrices[label], products[label] if wanted else None) for label in labels}

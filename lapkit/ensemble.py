@@ -1,0 +1,128 @@
+"""Mixtures of Laplace approximations around several trained networks: each mode with its own width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+)
+
+from lapkit.comparison import compare
+from lapkit.curvature import Bernoulli as BernoulliLikelihood
+from lapkit.laplace import Laplace
+
+
+class LaplaceMixture:
+    """`p(w|D) ~ sum_m pi_m N(w_m*, P_m^{-1})` from several networks, trained from different starts.
+
+    Predictions are mixtures of the members' linearised predictives: a deep ensemble whose members know their own
+    uncertainty. In the distribution of the training data a plain ensemble is often as good; far from it the mixture is
+    more careful.
+
+    Args:
+        members: fitted, of one likelihood and one number of outputs; their architectures may differ.
+        weights: "uniform"; "evidence", proportional to the members' evidences; or one positive number for each.
+
+    Raises:
+        TypeError: if a member is no `Laplace`.
+        ValueError: if there is none, they were fitted to different data, or the weights do not fit.
+        RuntimeError: if one is not fitted.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> data = [(torch.randn(30, 2), torch.arange(30) % 3)]
+        >>> members = [Laplace(nn.Linear(2, 3), "classification", "all").fit(data) for _ in range(3)]
+        >>> LaplaceMixture(members)(torch.randn(4, 2)).shape
+        torch.Size([4, 3])
+
+    Reference:
+        Eschenhagen, Daxberger, Hennig and Kristiadi, Mixtures of Laplace approximations for improved post-hoc
+        uncertainty in deep learning, 2021.
+    """
+
+    def __init__(self, members: Sequence[Laplace], weights: str | Sequence[float] | Tensor = "uniform") -> None:
+        self.members = tuple(members)
+        compared = compare(self.members)  # refuses what does not belong together
+        if isinstance(weights, str):
+            if weights not in ("uniform", "evidence"):
+                raise ValueError(f"Unknown weights {weights!r}. Choose 'uniform', 'evidence', or numbers.")
+            by_name = {row.name: row.probability for row in compared}
+            even = 1 / len(self.members)
+            found = [by_name[str(i)] if weights == "evidence" else even for i in range(len(self.members))]
+        else:
+            found = [float(w) for w in weights]
+        self.weights = torch.tensor(found, dtype=torch.float64)
+        if len(self.weights) != len(self.members) or not ((self.weights >= 0).all() and self.weights.sum() > 0):
+            raise ValueError(
+                f"Expected {len(self.members)} weights, none negative and not all zero, got {self.weights.tolist()}."
+            )
+        self.weights = self.weights / self.weights.sum()
+
+    def __call__(self, x: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """The mixture of the members' predictives.
+
+        Args:
+            x: a batch of inputs.
+            options: for `Laplace.__call__`; a joint predictive is not a mixture's, and `pred_type` is "glm".
+
+        Returns:
+            For classes, probabilities `(N, C)`. For regression, the mean `(N, C)` of the outputs and their covariance
+            `(N, C, C)`, or variances: that within the members and that between them.
+
+        Raises:
+            ValueError: if `joint` is asked for, or an option is refused by `Laplace`.
+            RuntimeError: if a network's weights have changed since.
+        """
+        if options.get("joint"):
+            raise ValueError("The joint predictive of a mixture is not Gaussian; ask the members one by one.")
+        found = [member(x, **options) for member in self.members]
+        if isinstance(found[0], Tensor):
+            return self._mean(torch.stack(found))  # type: ignore[arg-type]
+        means = torch.stack([mean for mean, _ in found])
+        spreads = torch.stack([spread for _, spread in found])
+        mean = self._mean(means)
+        apart = means - mean
+        between = apart.square() if options.get("diagonal_output") else apart[..., :, None] * apart[..., None, :]
+        return mean, self._mean(spreads + between)
+
+    def _mean(self, values: Tensor) -> Tensor:
+        return torch.tensordot(self.weights.to(values), values, dims=1)
+
+    def predictive_distribution(self, x: Any) -> Distribution:
+        """`p(y|x)`, the members' predictive distributions mixed.
+
+        Args:
+            x: a batch of inputs.
+
+        Returns:
+            `Categorical` or independent `Bernoulli` for classes, where a mixture of them is one again; a
+            `MixtureSameFamily` of `MultivariateNormal` for regression, observation noise included.
+
+        Raises:
+            RuntimeError: if a network's weights have changed since.
+            ValueError: if the likelihood has no closed-form predictive.
+            TypeError: if a mixture of its predictives has none.
+        """
+        parts = [member.predictive_distribution(x) for member in self.members]
+        if all(isinstance(part, MultivariateNormal) for part in parts):
+            mean = torch.stack([part.mean for part in parts], dim=-2)
+            covariance = torch.stack([part.covariance_matrix for part in parts], dim=-3)  # type: ignore[attr-defined]
+            weights = self.weights.to(mean).expand(*mean.shape[:-2], len(parts))
+            return MixtureSameFamily(Categorical(weights), MultivariateNormal(mean, covariance))
+        if all(isinstance(part, Categorical) for part in parts):
+            return Categorical(self._mean(torch.stack([part.probs for part in parts])))  # type: ignore[attr-defined]
+        if isinstance(self.members[0].likelihood, BernoulliLikelihood):
+            return Independent(Bernoulli(self._mean(torch.stack([part.mean for part in parts]))), 1)
+        raise TypeError(
+            f"A mixture of {type(parts[0]).__name__} has no closed form here; mix predictive_samples of the members."
+        )

@@ -1,0 +1,283 @@
+"""Training with the evidence in the loop: weights by gradient descent, prior and noise by the marginal likelihood."""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lapkit.curvature import Gaussian, Likelihood, Parameters
+from lapkit.curvature.inputs import numbered, to_device, unpack
+from lapkit.laplace import Laplace
+from lapkit.training import negative_log_posterior
+
+FORMAT = 1  # of checkpoints
+
+
+@dataclass
+class MarglikTraining:
+    """The result of `marglik_training`.
+
+    Args:
+        laplace: fitted at the best network found, with the prior and noise of that moment.
+        log_evidences: at every evaluation, in nats.
+        losses: negative log posterior of each epoch, summed over examples, without the prior's constants, in nats.
+        best_epoch: after which the best network was found, from 1.
+        epochs: that were trained.
+        stopped_early: whether the evidence had stopped rising.
+    """
+
+    laplace: Laplace
+    log_evidences: list[float]
+    losses: list[float]
+    best_epoch: int
+    epochs: int
+    stopped_early: bool
+
+    @property
+    def model(self) -> nn.Module:
+        """The network, with the best weights."""
+        return self.laplace.model
+
+
+@dataclass
+class _State:
+    """All that a checkpoint holds beside weights, optimiser and schedule."""
+
+    precision: Tensor
+    noise: Tensor | None
+    epoch: int = 0
+    log_evidences: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    since_best: int = 0
+
+
+def marglik_training(
+    model: nn.Module,
+    train_loader: Iterable[Any],
+    likelihood: str | Likelihood = "classification",
+    hessian_structure: str = "kron",
+    *,
+    subset_of_weights: str | Iterable[str] = "all",
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
+    optimizer_options: dict[str, Any] | None = None,
+    scheduler: Callable[..., Any] | None = None,
+    scheduler_options: dict[str, Any] | None = None,
+    n_epochs: int = 300,
+    burn_in: int = 0,
+    frequency: int = 1,
+    prior_structure: str = "layerwise",
+    prior_precision: float | Tensor = 1.0,
+    sigma_noise: float | Tensor = 1.0,
+    tune_noise: bool = True,
+    temperature: float = 1.0,
+    n_hypersteps: int = 10,
+    patience: int | None = None,
+    n_data: int | None = None,
+    checkpoint: str | pathlib.Path | None = None,
+    progress_bar: bool = False,
+    **laplace_options: Any,
+) -> MarglikTraining:
+    """Train a network while the evidence sets the prior precision and the noise: no validation set, no weight decay.
+
+    The loss is `-(1/T) sum_n log p(y_n|f_n) + (w - m)^T diag(prior precision) (w - m) / 2`. After the burn-in, every
+    `frequency` epochs, the curvature is summed over the data, prior and noise are moved towards the largest evidence,
+    and the network of the largest evidence is remembered. Epochs run in train mode (dropout, batch statistics), the
+    curvature is that of eval mode.
+
+    Args:
+        model: trained in place; afterwards it holds the best weights, in the mode it came in.
+        train_loader: batches as for `Laplace.fit`; gone through twice an epoch.
+        likelihood: as for `Laplace`.
+        hessian_structure: as for `Laplace`.
+        subset_of_weights: whose prior is tuned and counted in the evidence; other weights are trained without one.
+        optimizer: class, of all trainable weights.
+        optimizer_options: for it, such as `{"lr": 1e-3}`; `weight_decay` would be a second prior.
+        scheduler: class of a learning-rate schedule, stepped every epoch.
+        scheduler_options: for it.
+        n_epochs: at most.
+        burn_in: epochs before the first evidence.
+        frequency: epochs between evidences.
+        prior_structure: "scalar", "layerwise" (one precision for each parameter tensor) or "diag".
+        prior_precision: at the start.
+        sigma_noise: at the start, for "regression".
+        tune_noise: tune the noise of a `Gaussian` likelihood too.
+        temperature: T, of the likelihood.
+        n_hypersteps: iterations of L-BFGS for prior and noise after each fit.
+        patience: stop after so many evidences without a new largest one; never by default.
+        n_data: number of examples, where the loader leaves some out at random; those of one pass by default.
+        checkpoint: a file in which to keep the state after every epoch, and to go on from if it is there.
+        progress_bar: show one.
+        laplace_options: more for `Laplace`, such as `rank`, `curvature`, `prior_mean` or `memory_budget`.
+
+    Returns:
+        The fitted posterior with the history. Its prior is the one that the best network was judged by.
+
+    Raises:
+        ValueError: if a number is out of range, the loss becomes NaN or infinite, a checkpoint is of another training,
+            or `Laplace` refuses something.
+        TypeError: if `Laplace` refuses something.
+
+    Reference:
+        Immer, Bauer, Fortuin, Rätsch and Khan, Scalable marginal likelihood estimation for model selection in deep
+        learning, 2021, algorithm 1.
+    """
+    if n_epochs < 1 or burn_in < 0 or frequency < 1 or n_hypersteps < 1 or (patience is not None and patience < 1):
+        raise ValueError(
+            "n_epochs, frequency, n_hypersteps and patience are at least 1 and burn_in at least 0, got "
+            f"{n_epochs}, {frequency}, {n_hypersteps}, {patience} and {burn_in}."
+        )
+    if burn_in + frequency > n_epochs:
+        raise ValueError(f"With burn_in={burn_in} and frequency={frequency}, {n_epochs} epochs see no evidence.")
+    options = {"temperature": temperature, **laplace_options}
+
+    def approximation(precision: float | Tensor, noise: Tensor | None) -> Laplace:
+        made = Laplace(model, likelihood, subset_of_weights, hessian_structure, prior_precision=precision, **options)
+        if noise is not None:
+            made.sigma_noise = noise
+        return made
+
+    start = Laplace(
+        model,
+        likelihood,
+        subset_of_weights,
+        hessian_structure,
+        sigma_noise=sigma_noise,
+        prior_precision=prior_precision,
+        **options,
+    )
+    tuned_noise = tune_noise and isinstance(start.likelihood, Gaussian)
+    noise = start.sigma_noise if isinstance(start.likelihood, Gaussian) else None
+    state = _State(torch.as_tensor(prior_precision), noise)
+    parameters = start.select(train_loader)
+    trainer = optimizer(Parameters.of(model).tensors, **(optimizer_options or {}))
+    schedule = None if scheduler is None else scheduler(trainer, **(scheduler_options or {}))
+    examples = n_data if n_data is not None else _count(train_loader)
+    if checkpoint is not None and pathlib.Path(checkpoint).exists():  # last, as loaders draw random numbers
+        state = _restore(pathlib.Path(checkpoint), model, trainer, schedule)
+    mode = model.training
+    bar = tqdm(total=n_epochs, initial=state.epoch, desc="marglik", disable=not progress_bar, leave=False)
+    stopped = patience is not None and state.since_best >= patience
+    try:
+        while state.epoch < n_epochs and not stopped:
+            la = approximation(state.precision, state.noise)
+            state.losses.append(_epoch(model.train(), train_loader, la, parameters, trainer, examples))
+            if schedule is not None:
+                schedule.step()
+            state.epoch += 1
+            if state.epoch > burn_in and (state.epoch - burn_in) % frequency == 0:
+                la.model.eval()
+                la.fit(train_loader)
+                la.optimize_prior_precision(
+                    prior_structure=prior_structure, tune_noise=tuned_noise, n_steps=n_hypersteps
+                )
+                _remember(state, la, model)
+                stopped = patience is not None and state.since_best >= patience
+            if checkpoint is not None:
+                _save(pathlib.Path(checkpoint), state, model, trainer, schedule)
+            bar.set_postfix(loss=state.losses[-1], evidence=state.log_evidences[-1] if state.log_evidences else None)
+            bar.update()
+    finally:
+        bar.close()
+        model.train(mode)
+    assert state.best is not None  # the first evidence is a best one
+    model.load_state_dict(state.best["weights"])
+    la = approximation(state.best["precision"], state.best["noise"]).fit(train_loader)
+    return MarglikTraining(la, state.log_evidences, state.losses, state.best["epoch"], state.epoch, stopped)
+
+
+def _epoch(
+    model: nn.Module,
+    loader: Iterable[Any],
+    la: Laplace,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    examples: float,
+) -> float:
+    """One pass of gradient descent on the negative log posterior, divided by the number of examples.
+
+    Raises:
+        ValueError: if the loss becomes NaN or infinite.
+    """
+    terms = negative_log_posterior(model, parameters, la.likelihood, la.prior, la.temperature)
+    total = 0.0
+    for number, batch in numbered(loader):
+        x, y, weights = to_device(unpack(batch, number), parameters.device)
+        misfit, complexity = terms(x, y, weights)
+        count = len(y) if weights is None else float(weights.sum())
+        objective = misfit / max(count, 1e-300) + complexity / examples
+        if not torch.isfinite(objective):
+            raise ValueError(
+                f"The training loss became {float(objective.detach())} in batch {number}: lower the learning rate, or "
+                "check the data."
+            )
+        optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        optimizer.step()
+        total += float((misfit + complexity * count / examples).detach())
+    optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def _count(loader: Iterable[Any]) -> float:
+    """The number of examples, or the sum of their weights, of one pass."""
+    total = 0.0
+    for number, batch in numbered(loader):
+        _, y, weights = unpack(batch, number)
+        total += len(y) if weights is None else float(weights.sum())
+    return total
+
+
+def _remember(state: _State, la: Laplace, model: nn.Module) -> None:
+    """Note the evidence; keep weights and hyper-parameters if it is the largest so far."""
+    evidence = float(la.log_marginal_likelihood())
+    state.precision = la.prior_precision.detach()
+    state.noise = la.sigma_noise.detach() if state.noise is not None else None
+    state.since_best += 1
+    if not state.log_evidences or evidence > max(state.log_evidences):
+        weights = copy.deepcopy(model.state_dict())
+        state.best = {"weights": weights, "precision": state.precision, "noise": state.noise, "epoch": state.epoch}
+        state.since_best = 0
+    state.log_evidences.append(evidence)
+
+
+def _save(path: pathlib.Path, state: _State, model: nn.Module, optimizer: Any, schedule: Any) -> None:
+    """Written beside and moved into place, so that an interruption leaves the last one whole."""
+    content = {
+        "format": FORMAT,
+        "state": vars(state),
+        "weights": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": None if schedule is None else schedule.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    beside = path.with_name(f"{path.name}.part")
+    torch.save(content, beside)
+    beside.replace(path)
+
+
+def _restore(path: pathlib.Path, model: nn.Module, optimizer: Any, schedule: Any) -> _State:
+    """Everything as it was after the last epoch, torch's global random numbers included.
+
+    Raises:
+        ValueError: if the file is of another format or training.
+    """
+    found = torch.load(path, weights_only=True)
+    if found.get("format") != FORMAT:
+        raise ValueError(f"{path} is a checkpoint of format {found.get('format')}; this version reads {FORMAT}.")
+    try:
+        model.load_state_dict(found["weights"])
+        optimizer.load_state_dict(found["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is the checkpoint of another network or optimiser ({error}).") from error
+    if schedule is not None:
+        schedule.load_state_dict(found["schedule"])
+    torch.set_rng_state(found["random"])
+    return _State(**found["state"])
