@@ -12,25 +12,21 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import itertools
 import warnings
 
-import torch
 from problems import PROBLEMS, Transformer, gradient_pass, make_problem
-from timing import medians, parser, report, seconds
+from timing import medians, parser, report
 from torch import nn
 
 from lapkit.curvature import (
     GGN,
     Categorical,
-    Engine,
     GGNDiagonal,
     GGNKronecker,
     GradientNorms,
     MonteCarloGGN,
     Parameters,
     accumulate,
-    borrowed,
 )
 from lapkit.curvature.columns.columns import LossGradient
 from lapkit.curvature.inspection import inspection
@@ -172,53 +168,5 @@ def table(options):
     return records
 
 
-def gram_table(options):
-    """The seeds' T1 to T4: gradient, gradients of each example, Gram matrix expanded, Gram matrix by its structure."""
-    device = options.device
-    torch.manual_seed(0)
-    widths = (1024, 512, 256, 128, 64, 32, 10)
-    layers = [m for i, o in itertools.pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
-    model, x = nn.Sequential(*layers).to(device), torch.randn(128, 1024, device=device)
-    y = torch.randint(0, 10, (128,), device=device)
-    parameters = Parameters.of(model)
-
-    def jacobian():
-        with borrowed(model, parameters):
-            backprop = Engine(model, parameters)(x)
-            root, parts = Categorical().hessian_root(backprop.output.detach()), {}
-            backprop(root, parts.__setitem__, backprop.plan(len(root)), whole=True)
-        return parts
-
-    def structured():
-        return sum(part.gram() for part in jacobian().values())
-
-    def expanded():
-        total = 0
-        for part in jacobian().values():
-            rows = part.to_dense().flatten(0, 1)
-            total = total + rows @ rows.T
-        return total
-
-    def each_gradient():
-        for p in model.parameters():
-            p.grad = None
-        for example, label in zip(x.split(1), y.split(1), strict=True):
-            torch.autograd.grad(nn.functional.cross_entropy(model(example), label), list(model.parameters()))
-
-    jobs = {"T1": gradient_pass(model, x, y), "T2": each_gradient, "T4": structured}
-    spent = medians(jobs, options.repeats, device) | {"T3": seconds(expanded, device)}
-    difference = float((structured().reshape(1152, 1152) - expanded()).norm() / expanded().norm())
-    print("\nGram matrix of the GGN's columns, MLP 1024-512-256-128-64-32-10, N = 128, C - 1 = 9 columns")
-    for name, text in {
-        "T1": "gradient of the batch",
-        "T2": "gradient of each example, one by one",
-        "T3": "Gram matrix, expanded Jacobians",
-        "T4": "Gram matrix, by structure",
-    }.items():
-        print(f"  {name} {text:<40}{1e3 * spent[name]:>10.1f} ms{spent[name] / spent['T1']:>10.1f} gradients")
-    print(f"  T3 / T4 = {spent['T3'] / spent['T4']:.0f} (bar: 50), relative difference {difference:.1e}")
-    return {name: 1e3 * t for name, t in spent.items()} | {"ratio": spent["T3"] / spent["T4"], "difference": difference}
-
-
 if __name__ == "__main__":
-    report(parser(__doc__).parse_args(), {"costs": table, "gram": gram_table})
+    report(parser(__doc__).parse_args(), {"costs": table})

@@ -45,6 +45,7 @@ from lapkit.curvature.operators.kronecker import Kronecker
 from lapkit.curvature.operators.kronecker_product import KroneckerProduct
 from lapkit.curvature.operators.low_rank import LowRank
 from lapkit.curvature.operators.operator import SymmetricOperator
+from lapkit.curvature.operators.principal import principal
 from lapkit.curvature.parameters import Parameters, borrowed
 from lapkit.curvature.products.data_product import DataProduct
 from lapkit.curvature.products.estimators import (
@@ -100,6 +101,7 @@ from lapkit.curvature.spectra.directions import Directions
 from lapkit.curvature.spectra.overlap import eigenspace_overlap
 from lapkit.curvature.spectra.plots import plot_overlaps, plot_snr, plot_spectrum
 from lapkit.curvature.spectra.spectrum import Spectrum
+from lapkit.curvature.subnetwork import Subnetwork, SubnetworkEngine
 from lapkit.curvature.usage import ParameterUse
 from lapkit.curvature.verification import Verification, verify
 
@@ -200,6 +202,8 @@ __all__ = [
     "SpectralDensity",
     "Spectrum",
     "SqrtGGN",
+    "Subnetwork",
+    "SubnetworkEngine",
     "Sum",
     "SumJacobian",
     "SymmetricOperator",
@@ -234,6 +238,7 @@ __all__ = [
     "plot_overlaps",
     "plot_snr",
     "plot_spectrum",
+    "principal",
     "scipy_view",
     "seed_from",
     "smallest_eigenpairs",

@@ -148,7 +148,7 @@ def compute(
         progress_bar: show one.
 
     Returns:
-        One result for each name, and the loss.
+        One result for each name; `results.totals` has the loss, summed over all examples, as `totals.loss`.
 
     Raises:
         TypeError: if quantities are no classes by name, or columns or data are not what they should be.

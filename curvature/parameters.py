@@ -47,13 +47,14 @@ class Parameters:
             )
 
     @classmethod
-    def of(cls, model: nn.Module, names: Iterable[str] | None = None) -> Parameters:
+    def of(cls, model: nn.Module, names: Iterable[str | Tensor] | None = None) -> Parameters:
         """The trainable parameters of `model`, or those of them that `names` picks.
 
         Args:
             model: any module, seen without compile and distribution wrappers; parameters with `requires_grad=False`
                 are left out.
-            names: names of parameters or of modules (which stand for all parameters inside); None means all.
+            names: names of parameters or of modules (which stand for all parameters inside), or the parameters
+                themselves; None means all.
 
         Returns:
             The selection, in the model's own order.
@@ -64,7 +65,9 @@ class Parameters:
         trainable = {name: p for name, p in unwrapped(model).named_parameters() if p.requires_grad}
         if names is None:
             return cls(tuple(trainable), tuple(trainable.values()))
-        wanted = [names] if isinstance(names, str) else list(names)
+        names = [names] if isinstance(names, (str, Tensor)) else list(names)
+        name_of = {id(p): name for name, p in trainable.items()}
+        wanted = [name_of.get(id(w), f"a {tuple(w.shape)} tensor") if isinstance(w, Tensor) else w for w in names]
         chosen = [n for n in trainable if any(n == w or n.startswith(f"{w}.") for w in wanted)]
         unmatched = [w for w in wanted if not any(n == w or n.startswith(f"{w}.") for n in trainable)]
         if unmatched:
@@ -74,8 +77,17 @@ class Parameters:
         return cls(tuple(chosen), tuple(trainable[n] for n in chosen))
 
     @classmethod
-    def selected(cls, model: nn.Module, choice: Parameters | Iterable[str] | None) -> Parameters:
-        """A selection as users give it: itself, names of parameters or modules, or None for all trainable ones."""
+    def selected(cls, model: nn.Module, choice: Parameters | Iterable[str | Tensor] | None) -> Parameters:
+        """A selection as users give it: itself, names of parameters or modules, parameters, or None for all.
+
+        Raises:
+            TypeError: if there is no model.
+            ValueError: if nothing is left, or a name picks nothing that can be trained.
+        """
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"Expected a model, which comes first: a torch.nn.Module, got an object of type {type(model).__name__}."
+            )
         return choice if isinstance(choice, Parameters) else cls.of(model, choice)
 
     def subset(self, keep: Iterable[bool]) -> Parameters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +10,7 @@ from lapkit.curvature import (
     Bernoulli,
     Categorical,
     Columns,
+    EKFACCorrection,
     EmpiricalFisher,
     FactoredGGN,
     Gaussian,
@@ -22,18 +22,21 @@ from lapkit.curvature import (
     MonteCarloGGN,
     SqrtGGN,
 )
+from lapkit.structures import Structure
 
 LIKELIHOODS = {"classification": Categorical, "regression": Gaussian, "binary": Bernoulli}
 STRUCTURES = {
-    "diag": GGNDiagonal,
-    "kron": GGNKronecker,
-    "blockdiag": GGNBlocks,
-    "full": GGNDense,
-    "lowrank": LowRankGGN,
+    "diag": Structure(GGNDiagonal),
+    "kron": Structure(GGNKronecker, factored=True),
+    "ekfac": Structure(GGNKronecker, EKFACCorrection, factored=True),
+    "blockdiag": Structure(GGNBlocks),
+    "full": Structure(GGNDense),
+    "lowrank": Structure(LowRankGGN),
+    "gp": Structure(FactoredGGN),
 }
 SPACES = {"auto": LowRankGGN, "weights": SqrtGGN, "functions": FactoredGGN}
 CURVATURES: dict[str, Columns] = {"ggn": GGN(), "mc": MonteCarloGGN(), "ef": EmpiricalFisher()}
-PRIOR_STRUCTURES = ("scalar", "layerwise", "diag")
+PRIOR_STRUCTURES = ("scalar", "layerwise", "unit", "diag")
 
 
 def choice(table: Any, key: Any, what: str) -> Any:
@@ -47,10 +50,8 @@ def choice(table: Any, key: Any, what: str) -> Any:
     return table[key] if isinstance(table, dict) else key
 
 
-def curvature_structure(
-    hessian_structure: str, rank: int | None, per_parameter: bool, space: str
-) -> Callable[..., Any]:
-    """What makes the quantity of a structure for a selection of weights.
+def curvature_structure(hessian_structure: str, rank: int | None, per_parameter: bool, space: str) -> Structure:
+    """What makes the curvature in a structure for a selection of weights.
 
     Args:
         hessian_structure: a name of `STRUCTURES`.
@@ -61,22 +62,22 @@ def curvature_structure(
     Raises:
         ValueError: if a name is unknown, or settings do not go together.
     """
-    structure = choice(STRUCTURES, hessian_structure, "hessian_structure")
+    found: Structure = choice(STRUCTURES, hessian_structure, "hessian_structure")
     form = choice(SPACES, space, "space")
-    if structure is not LowRankGGN:
+    if found is not STRUCTURES["lowrank"]:
         if (rank, per_parameter, space) != (None, False, "auto"):
             raise ValueError(
                 f"rank={rank}, per_parameter={per_parameter} and space={space!r} were given beside "
                 f"hessian_structure={hessian_structure!r}; they belong to 'lowrank' only."
             )
-        return STRUCTURES[hessian_structure]
+        return found
     if rank is None:
-        return partial(form, per_parameter=per_parameter)
-    if rank < 1:
-        raise ValueError(f"The rank is at least 1, got {rank}.")
+        return Structure(partial(form, per_parameter=per_parameter))
+    if not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"The rank is a whole number of columns, at least 1, got {rank}.")
     if form is FactoredGGN:
         raise ValueError(
             f"A rank of {rank} was given with space='functions'. Columns are cut to a rank where they are written out: "
             "choose space='weights', or no rank."
         )
-    return partial(SqrtGGN, rank=rank, per_parameter=per_parameter)
+    return Structure(partial(SqrtGGN, rank=rank, per_parameter=per_parameter))

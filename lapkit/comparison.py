@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from lapkit.curvature import Likelihood
+from lapkit.curvature import BlockDiagonal, Dense, Factored, Likelihood, LowRank
 from lapkit.laplace import Laplace
 
 
@@ -62,11 +63,12 @@ class Comparison:
     def __str__(self) -> str:
         width = max(5, *(len(row.name) for row in self.ranking))
         lines = [
-            f"{'model':<{width}}{'log evidence':>14}{'behind':>10}{'fit':>12}{'Occam':>10}{'p(M|D)':>9}{'weights':>11}"
+            f"{'model':<{width}}  {'log evidence':>13} {'behind':>13} {'fit':>13} {'Occam':>13} {'p(M|D)':>7} "
+            f"{'weights':>11}"
         ]
         lines += [
-            f"{row.name:<{width}}{row.log_evidence:>14.2f}{row.log_evidence - self.best.log_evidence:>10.2f}"
-            f"{row.log_likelihood:>12.2f}{row.occam_factor:>10.2f}{row.probability:>9.3f}{row.weights:>11,}"
+            f"{row.name:<{width}}  {row.log_evidence:>13.2f} {row.log_evidence - self.best.log_evidence:>13.2f} "
+            f"{row.log_likelihood:>13.2f} {row.occam_factor:>13.2f} {row.probability:>7.3f} {row.weights:>11,}"
             for row in self.ranking
         ]
         return "\n".join([*lines, *(f"Beware: {remark}" for remark in self.remarks)])
@@ -86,7 +88,7 @@ def compare(models: Mapping[str, Laplace] | Sequence[Laplace]) -> Comparison:
         The ranking.
 
     Raises:
-        TypeError: if one is no `Laplace`.
+        TypeError: if one is no `Laplace`, or they are in no list or mapping.
         ValueError: if there is none, or they were fitted to different numbers of examples, outputs, or to likelihoods
             of different kinds, so that a ranking would be meaningless.
         RuntimeError: if one is not fitted.
@@ -105,12 +107,17 @@ def compare(models: Mapping[str, Laplace] | Sequence[Laplace]) -> Comparison:
     Reference:
         MacKay, A practical Bayesian framework for backpropagation networks, 1992, section 2.
     """
+    if not isinstance(models, (Mapping, Sequence)):
+        raise TypeError(
+            f"Expected several fitted Laplace objects in a list, or by name in a dict; got a {type(models).__name__}."
+        )
     named = dict(models) if isinstance(models, Mapping) else {str(i): model for i, model in enumerate(models)}
     if not named:
         raise ValueError("There is no model to compare.")
     for name, model in named.items():
         if not isinstance(model, Laplace):
-            raise TypeError(f"Expected fitted Laplace objects, got {type(model).__name__} as {name!r}.")
+            hint = ": give its .laplace" if isinstance(getattr(model, "laplace", None), Laplace) else ""
+            raise TypeError(f"Expected fitted Laplace objects, got {type(model).__name__} as {name!r}{hint}.")
     _check_comparable(named)
     evidence = {name: float(model.log_marginal_likelihood()) for name, model in named.items()}
     probability = torch.tensor(list(evidence.values()), dtype=torch.float64).softmax(0).tolist()
@@ -149,7 +156,13 @@ def _remarks(named: dict[str, Laplace]) -> Iterator[str]:
     tempered = [name for name, model in named.items() if model.temperature != 1]
     if tempered:
         yield f"{_listed(tempered)} have a temperature other than 1, so their likelihoods are not normalised."
-    structures = {type(model.fitted.curvature).__name__ for model in named.values()}
+    limited = [name for name, model in named.items() if _is_limited(model)]
+    if limited:
+        yield (
+            f"{_listed(limited)} keep a limited rank of the curvature: nothing is taken off for what is left out, so "
+            "that the evidence errs high."
+        )
+    structures = {_structure(model) for model in named.values()}
     if len(structures) > 1:
         yield (
             f"the posteriors have different structures ({', '.join(sorted(structures))}), whose log determinants err "
@@ -170,6 +183,20 @@ def _remarks(named: dict[str, Laplace]) -> Iterator[str]:
     bad = [name for name, model in named.items() if not math.isfinite(float(model.log_marginal_likelihood()))]
     if bad:
         yield f"{_listed(bad)} have no finite evidence."
+
+
+def _structure(model: Laplace) -> str:
+    """The form of the curvature; columns, written out or not, are the full matrix in another form."""
+    curvature = model.fitted.curvature
+    return Dense.__name__ if isinstance(curvature, (LowRank, Factored)) else type(curvature).__name__
+
+
+def _is_limited(model: Laplace) -> bool:
+    """Whether columns may have been left out: a rank was given, and is reached."""
+    make, curvature = model.structure.make, model.fitted.curvature
+    rank = make.keywords.get("rank") if isinstance(make, partial) else None
+    blocks = curvature.blocks if isinstance(curvature, BlockDiagonal) else (curvature,)
+    return rank is not None and any(isinstance(b, LowRank) and rank <= b.rank and rank < b.size for b in blocks)
 
 
 def _listed(names: list[str]) -> str:

@@ -18,7 +18,9 @@ from torch.distributions import (
 
 from lapkit.comparison import compare
 from lapkit.curvature import Bernoulli as BernoulliLikelihood
+from lapkit.curvature import Categorical as CategoricalLikelihood
 from lapkit.laplace import Laplace
+from lapkit.posteriors import Uncertainty
 
 
 class LaplaceMixture:
@@ -26,14 +28,14 @@ class LaplaceMixture:
 
     Predictions are mixtures of the members' linearised predictives: a deep ensemble whose members know their own
     uncertainty. In the distribution of the training data a plain ensemble is often as good; far from it the mixture is
-    more careful.
+    more careful. Whole functions are drawn from a member (`functional_samples`) that is drawn by the weights.
 
     Args:
         members: fitted, of one likelihood and one number of outputs; their architectures may differ.
         weights: "uniform"; "evidence", proportional to the members' evidences; or one positive number for each.
 
     Raises:
-        TypeError: if a member is no `Laplace`.
+        TypeError: if a member is no `Laplace`, or they are in no list.
         ValueError: if there is none, they were fitted to different data, or the weights do not fit.
         RuntimeError: if one is not fitted.
 
@@ -51,6 +53,9 @@ class LaplaceMixture:
     """
 
     def __init__(self, members: Sequence[Laplace], weights: str | Sequence[float] | Tensor = "uniform") -> None:
+        if not isinstance(members, Sequence):
+            kind = type(members).__name__
+            raise TypeError(f"Expected fitted Laplace objects in a list, as in LaplaceMixture([a, b]); got a {kind}.")
         self.members = tuple(members)
         compared = compare(self.members)  # refuses what does not belong together
         if isinstance(weights, str):
@@ -97,6 +102,39 @@ class LaplaceMixture:
 
     def _mean(self, values: Tensor) -> Tensor:
         return torch.tensordot(self.weights.to(values), values, dims=1)
+
+    def uncertainty(self, x: Any, n_samples: int = 512, generator: torch.Generator | None = None) -> Uncertainty:
+        """Aleatoric and epistemic parts, where what the members disagree about is epistemic, too.
+
+        Args:
+            x: a batch of inputs.
+            n_samples: quasi-Monte Carlo samples of the outputs, for classes.
+            generator: of these.
+
+        Returns:
+            As of `Laplace.uncertainty`: the means of the members' parts, and the relative entropy of their
+            probabilities to the mixture's, or the variance of their means, added to the epistemic one.
+
+        Raises:
+            RuntimeError: if a network's weights have changed since.
+            TypeError: if the split is not known for the likelihood.
+        """
+        parts = [member.uncertainty(x, n_samples, generator) for member in self.members]
+        classes = isinstance(self.members[0].likelihood, (CategoricalLikelihood, BernoulliLikelihood))
+        link = "qmc" if classes else "probit"  # in closed form for all others
+        found = [member.predictive_distribution(x, link, n_samples, generator) for member in self.members]
+        if isinstance(found[0], Categorical):
+            p = torch.stack([each.probs for each in found])  # type: ignore[attr-defined]
+            apart = (p.xlogy(p) - p.xlogy(self._mean(p))).sum(-1)
+        else:
+            p = torch.stack([each.mean for each in found])
+            mean = self._mean(p)
+            apart = (p - mean).square()
+            if isinstance(self.members[0].likelihood, BernoulliLikelihood):
+                apart = p.xlogy(p) - p.xlogy(mean) + (1 - p).xlogy(1 - p) - (1 - p).xlogy(1 - mean)
+        aleatoric = self._mean(torch.stack([part.aleatoric for part in parts]))
+        epistemic = self._mean(torch.stack([part.epistemic for part in parts]) + apart)
+        return Uncertainty(aleatoric, epistemic)
 
     def predictive_distribution(self, x: Any) -> Distribution:
         """`p(y|x)`, the members' predictive distributions mixed.

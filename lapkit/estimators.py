@@ -14,7 +14,6 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
 
 from lapkit.curvature import Categorical, Gaussian, Likelihood
 from lapkit.laplace import Laplace
@@ -56,7 +55,13 @@ class _LaplaceEstimator(BaseEstimator):  # type: ignore[misc]
         self.device, self.random_state = device, random_state
 
     def _network(self, inputs: int, outputs: int, seed: int) -> nn.Module:
-        """A network of the estimator's own: what was given is not changed."""
+        """A network of the estimator's own: what was given is not changed.
+
+        Raises:
+            ValueError: if there is nothing trained to take as it is.
+        """
+        if not self.train and not isinstance(self.module, nn.Module):
+            raise ValueError("train=False takes a trained module: give module=..., or leave train=True.")
         if isinstance(self.module, nn.Module):
             return (copy.deepcopy(self.module) if self.train else self.module).to(self.device)
         with torch.random.fork_rng(devices=[]):
@@ -84,7 +89,7 @@ class _LaplaceEstimator(BaseEstimator):  # type: ignore[misc]
         """Train, approximate, tune; train again under the tuned prior as often as `refits` says.
 
         Raises:
-            ValueError: if that is negative.
+            ValueError: if that is negative, or the network does not have so many outputs.
         """
         if self.refits < 0:
             raise ValueError(f"refits counts trainings after the first, got {self.refits}.")
@@ -92,6 +97,12 @@ class _LaplaceEstimator(BaseEstimator):  # type: ignore[misc]
         generator = torch.Generator().manual_seed(seed)
         self.module_ = self._network(X.shape[1], outputs, seed).eval()
         x, y = self._tensor(X), y.to(self.device)
+        with torch.no_grad():
+            returned = tuple(self.module_(x[:1]).shape)
+        if returned != (1, outputs):
+            raise ValueError(
+                f"The module returned {returned} for one example; the targets need (1, {outputs}) outputs."
+            )
         prior = GaussianPrior(self.prior_precision)
         self.n_iter_ = 1
         for _ in range(1 + self.refits * (self.tune and self.train)):
@@ -114,7 +125,7 @@ class _LaplaceEstimator(BaseEstimator):  # type: ignore[misc]
                 self.subset_of_weights,
                 self.hessian_structure,
                 prior_precision=prior.precision,
-            ).fit(DataLoader(TensorDataset(x, y), batch_size=FIT_BATCH))
+            ).fit([(x[i : i + FIT_BATCH], y[i : i + FIT_BATCH]) for i in range(0, len(x), FIT_BATCH)])
             if self.tune:
                 self.laplace_.optimize_prior_precision(
                     prior_structure=self.prior_structure, tune_noise=isinstance(likelihood, Gaussian)

@@ -134,6 +134,10 @@ def marglik_training(
             "n_epochs, frequency, n_hypersteps and patience are at least 1 and burn_in at least 0, got "
             f"{n_epochs}, {frequency}, {n_hypersteps}, {patience} and {burn_in}."
         )
+    if n_data is not None and n_data < 1:
+        raise ValueError(f"n_data is the number of examples, got {n_data}.")
+    if (optimizer_options or {}).get("weight_decay"):
+        raise ValueError("weight_decay would be a second prior beside the one that is tuned: leave it out.")
     if burn_in + frequency > n_epochs:
         raise ValueError(f"With burn_in={burn_in} and frequency={frequency}, {n_epochs} epochs see no evidence.")
     options = {"temperature": temperature, **laplace_options}
@@ -159,7 +163,7 @@ def marglik_training(
     parameters = start.select(train_loader)
     trainer = optimizer(Parameters.of(model).tensors, **(optimizer_options or {}))
     schedule = None if scheduler is None else scheduler(trainer, **(scheduler_options or {}))
-    examples = n_data if n_data is not None else _count(train_loader)
+    batches, counted = _count(train_loader)
     if checkpoint is not None and pathlib.Path(checkpoint).exists():  # last, as loaders draw random numbers
         state = _restore(pathlib.Path(checkpoint), model, trainer, schedule)
     mode = model.training
@@ -168,7 +172,9 @@ def marglik_training(
     try:
         while state.epoch < n_epochs and not stopped:
             la = approximation(state.precision, state.noise)
-            state.losses.append(_epoch(model.train(), train_loader, la, parameters, trainer, examples))
+            state.losses.append(
+                _epoch(model.train(), train_loader, la, parameters, trainer, batches, counted, n_data or counted)
+            )
             if schedule is not None:
                 schedule.step()
             state.epoch += 1
@@ -199,20 +205,31 @@ def _epoch(
     la: Laplace,
     parameters: Parameters,
     optimizer: torch.optim.Optimizer,
+    batches: int,
+    counted: float,
     examples: float,
 ) -> float:
     """One pass of gradient descent on the negative log posterior, divided by the number of examples.
 
+    Batches count by their size: each stands for `1 / batches` of the data, whatever it weighs.
+
     Raises:
         ValueError: if the loss becomes NaN or infinite.
     """
-    terms = negative_log_posterior(model, parameters, la.likelihood, la.prior, la.temperature)
+    terms = negative_log_posterior(
+        model,
+        parameters,
+        la.likelihood,
+        la.prior,
+        la.temperature,
+        forward_fn=la.forward_fn,
+        output_axis=la.output_axis,
+    )
     total = 0.0
     for number, batch in numbered(loader):
         x, y, weights = to_device(unpack(batch, number), parameters.device)
         misfit, complexity = terms(x, y, weights)
-        count = len(y) if weights is None else float(weights.sum())
-        objective = misfit / max(count, 1e-300) + complexity / examples
+        objective = misfit * batches / counted + complexity / examples
         if not torch.isfinite(objective):
             raise ValueError(
                 f"The training loss became {float(objective.detach())} in batch {number}: lower the learning rate, or "
@@ -221,18 +238,25 @@ def _epoch(
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
         optimizer.step()
-        total += float((misfit + complexity * count / examples).detach())
+        total += float((misfit + complexity / batches).detach())
     optimizer.zero_grad(set_to_none=True)
     return total
 
 
-def _count(loader: Iterable[Any]) -> float:
-    """The number of examples, or the sum of their weights, of one pass."""
-    total = 0.0
+def _count(loader: Iterable[Any]) -> tuple[int, float]:
+    """The number of batches of one pass, and that of examples, or the sum of their weights.
+
+    Raises:
+        ValueError: if nothing is left to learn from.
+    """
+    batches, total = 0, 0.0
     for number, batch in numbered(loader):
         _, y, weights = unpack(batch, number)
+        batches += 1
         total += len(y) if weights is None else float(weights.sum())
-    return total
+    if not total > 0:
+        raise ValueError(f"The {batches} batches of the data hold {total:g} examples, counted by their weights.")
+    return batches, total
 
 
 def _remember(state: _State, la: Laplace, model: nn.Module) -> None:

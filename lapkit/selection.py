@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
+from torch.distributions import Gamma
 
-from lapkit.curvature import Gaussian, Likelihood
-from lapkit.posteriors import Fit, GaussianPrior, log_evidence
+from lapkit.curvature import Likelihood
+from lapkit.evidence_search import EvidenceSurface, Search, lbfgs
+from lapkit.grid_search import Grid
+from lapkit.posteriors import Fit, GaussianPrior
 
-# Precisions outside are beyond what data of any scale can tell; the search stops there and says so.
-LOG_PRECISION_BOUNDS = (math.log(1e-6), math.log(1e8))
-LOG_NOISE_BOUNDS = (math.log(1e-6), math.log(1e6))
+# Values outside are beyond what data of any scale can tell; the search stops there and says so.
+PRECISION_BOUNDS = (1e-6, 1e8)
+NOISE_BOUNDS = (1e-6, 1e6)
 NO_PRIOR = ("no prior at all", "all weights at the prior mean")
 NO_NOISE = ("no noise at all, as if the network reproduced the targets", "nothing but noise")
+EXHAUSTED = 0.9  # of the target values: with so many effective parameters, residuals say little of the noise
+SHOWN = 6  # parameters that a warning names
+LEFT_OUT = 0.1  # of the target values: so many weights that were trained but are not random hide some of the noise
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,14 @@ class Selection:
     Args:
         prior: with the best precision.
         likelihood: with the best noise, if that was tuned.
-        log_evidence: reached, in nats.
+        log_evidence: reached, in nats; a hyper-prior is not in it.
         converged: whether the optimiser was satisfied.
         evaluations: of evidence and gradient.
+        slope: the largest slope left of what was maximised, in any logarithm that is not held by its bound, in nats.
+        effective: MacKay's effective number of parameters of each group of weights, `(G,)`: how many of them the data
+            determine rather than the prior.
+        grid: the scores of a search on a grid; there, `converged` says that the best is not at its edge, and no slope
+            is known.
     """
 
     prior: GaussianPrior
@@ -38,90 +47,157 @@ class Selection:
     log_evidence: float
     converged: bool
     evaluations: int
+    slope: float
+    effective: Tensor
+    grid: Grid | None = None
 
 
+@torch.inference_mode(False)  # the search needs gradients, wherever it is called
+@torch.enable_grad()
 def maximize_evidence(
     fit: Fit,
     likelihood: Likelihood,
     prior: GaussianPrior,
     *,
-    groups: int = 1,
+    groups: Sequence[int] | None = None,
+    search: Search = lbfgs,
     tune_noise: bool = False,
     temperature: float = 1.0,
     n_steps: int = 100,
+    bounds: tuple[float, float] = PRECISION_BOUNDS,
+    noise_bounds: tuple[float, float] = NOISE_BOUNDS,
+    hyper_prior: Gamma | None = None,
+    left_out: int = 0,
 ) -> Selection:
-    """Maximise the log evidence over the logarithms of `groups` prior precisions and, if asked, of the noise.
+    """Maximise the log evidence over the logarithms of prior precisions and, if asked, of the noise, in float64.
 
-    L-BFGS-B with exact gradients in float64. The curvature's eigenvalues are computed once; with one precision an
-    evaluation costs O(P).
+    The curvature's eigenvalues are computed once; with one precision an evaluation costs O(P). At the fixed mode the
+    evidence is concave in these logarithms, so that every search finds the same maximum, from every start.
 
     Args:
         fit: curvature, loss and mode.
         likelihood: of the targets.
         prior: where the search starts; its mean is kept.
-        groups: 1, the number of parameter tensors, or the number of weights.
+        groups: sizes of the groups of consecutive weights that have a precision each; all weights share one by default.
+        search: one of `evidence_search.OPTIMIZERS`.
         tune_noise: also tune a Gaussian likelihood's noise.
         temperature: of the likelihood.
         n_steps: iterations at most.
+        bounds: smallest and largest precision.
+        noise_bounds: smallest and largest standard deviation of the noise.
+        hyper_prior: `Gamma(a, b)` over each precision. Its density over the log precision counts, which has the mode
+            a / b, so that `delta = (gamma + 2 a) / (|w - m|^2 + 2 b)` at the maximum.
+        left_out: number of trained weights that the fit is not over.
 
     Returns:
         The best hyper-parameters.
 
     Raises:
-        ValueError: if noise is to be tuned that the likelihood does not have, or the evidence is not finite.
+        ValueError: if noise is to be tuned that the likelihood does not have, bounds are not positive and ascending,
+            groups do not make up the weights, or the evidence is not finite.
     """
-    if tune_noise and not isinstance(likelihood, Gaussian):
-        raise ValueError(f"{type(likelihood).__name__} has no observation noise to tune; only a Gaussian has.")
+    if tune_noise:
+        likelihood.with_noise(1.0)  # an error, if it has none
+    groups = (fit.parameters.numel,) if groups is None else tuple(groups)
+    if sum(groups) != fit.parameters.numel:
+        raise ValueError(f"Groups of {sum(groups)} weights in all were given for {fit.parameters.numel} weights.")
     double = replace(fit, curvature=fit.curvature.to(torch.float64), mean=fit.mean.double(), loss=fit.loss.double())
-    start = torch.as_tensor(prior.precision).detach().double().cpu().reshape(-1)
-    start = (start if len(start) == groups else start.log().mean().exp().expand(groups)).log()
-    bounds = [LOG_PRECISION_BOUNDS] * groups
+    mean = prior.mean.double() if isinstance(prior.mean, Tensor) else prior.mean
+    surface = EvidenceSurface(double, likelihood, mean, groups, tune_noise, temperature, hyper_prior)
+    lower, upper = _edges(surface, bounds, noise_bounds)
+    if not (torch.isfinite(lower) & torch.isfinite(upper) & (lower < upper)).all():
+        raise ValueError(f"Bounds are positive and ascending, got {bounds} for precisions, {noise_bounds} for noise.")
+    found = search(surface, _start(surface, prior).clamp(lower, upper), lower, upper, n_steps)
+    logs = found.logs
+    effective, _ = surface.effective(logs)
+    tell = _Warnings(surface, logs, lower, upper)
+    tell.edges()
     if tune_noise:
-        noise = torch.as_tensor(likelihood.noise).detach().double().cpu().reshape(1)  # type: ignore[attr-defined]
-        start, bounds = torch.cat([start, noise.log()]), [*bounds, LOG_NOISE_BOUNDS]
-
-    def unpack(logs: Tensor) -> tuple[GaussianPrior, Likelihood]:
-        chosen = Gaussian(logs[-1].exp()) if tune_noise else likelihood
-        mean = prior.mean.double() if isinstance(prior.mean, Tensor) else prior.mean
-        return GaussianPrior(logs[:groups].exp(), mean), chosen
-
-    def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
-        logs = torch.tensor(point, dtype=torch.float64, device=fit.mean.device, requires_grad=True)
-        prior, chosen = unpack(logs)
-        value = -log_evidence(double, chosen, prior, temperature)
-        if not torch.isfinite(value):
-            raise ValueError("The evidence is not finite: the fit holds NaN or infinite curvature.")
-        (gradient,) = torch.autograd.grad(value, logs)
-        return float(value.detach()), gradient.cpu().numpy()
-
-    found = minimize(
-        objective,
-        start.clamp(*LOG_PRECISION_BOUNDS).numpy(),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds,
-        options={"maxiter": n_steps, "ftol": 1e-14, "gtol": 1e-9, "maxls": 40},
-    )
-    if groups == 1:
-        _warn_at_boundary(found.x[0], LOG_PRECISION_BOUNDS, "prior precision", NO_PRIOR)
-    if tune_noise:
-        _warn_at_boundary(found.x[-1], LOG_NOISE_BOUNDS, "noise", NO_NOISE)
-    logs = torch.tensor(found.x, dtype=torch.float64, device=fit.mean.device)
-    precision = logs[:groups].exp().to(fit.mean.dtype)
+        tell.noise(float(effective.sum()), left_out)
+    _, gradient = surface.slope(logs)
+    held = ((logs <= lower) & (gradient < 0)) | ((logs >= upper) & (gradient > 0))
     return Selection(
-        prior=GaussianPrior(precision.reshape(()) if groups == 1 else precision, prior.mean),
-        likelihood=Gaussian(math.exp(found.x[-1])) if tune_noise else likelihood,
-        log_evidence=-float(found.fun),
-        converged=bool(found.success),
-        evaluations=int(found.nfev),
+        prior=GaussianPrior(surface.precision(logs).to(fit.mean.dtype), prior.mean),
+        likelihood=likelihood.with_noise(float(logs[-1].exp())) if tune_noise else likelihood,
+        log_evidence=float(surface.log_evidence(logs).detach()),
+        converged=found.converged,
+        evaluations=found.evaluations,
+        slope=float(torch.where(held, 0.0, gradient).abs().max()),
+        effective=effective,
     )
 
 
-def _warn_at_boundary(log_value: float, bounds: tuple[float, float], what: str, meanings: tuple[str, str]) -> None:
-    for bound, meaning in zip(bounds, meanings, strict=True):
-        if abs(log_value - bound) < 1e-6:
+def _edges(
+    surface: EvidenceSurface, precision: tuple[float, float], noise: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Logarithms of the bounds."""
+    edges = torch.tensor([precision, noise], dtype=torch.float64, device=surface.fit.mean.device).log()
+    times = torch.tensor([len(surface.groups), int(surface.tune_noise)], device=edges.device)
+    lower, upper = edges.repeat_interleave(times, 0).unbind(1)
+    return lower, upper
+
+
+def _start(surface: EvidenceSurface, prior: GaussianPrior) -> Tensor:
+    """Logarithms of the precisions now, averaged over each group, and of the noise."""
+    own = prior.diagonal(surface.fit.parameters).detach().double().log()
+    start = surface.total(own) / surface.sizes
+    if not surface.tune_noise:
+        return start
+    precision = torch.as_tensor(surface.likelihood.precision).detach().to(start).reshape(1)
+    return torch.cat([start, -precision.log() / 2])
+
+
+@dataclass(frozen=True, eq=False)
+class _Warnings:
+    """What a search has found that its user should know."""
+
+    surface: EvidenceSurface
+    logs: Tensor
+    lower: Tensor
+    upper: Tensor
+
+    def edges(self) -> None:
+        """Of values at the edge of the search."""
+        for side, edge in enumerate((self.lower, self.upper)):
+            at = (self.logs - edge).abs() < 1e-6
+            inside = at[: len(self.surface.groups)]
+            if inside.any():
+                of = "" if len(self.surface.groups) == 1 else f" of {self._listed(inside)}"
+                self._edge("prior precision", float(edge[0].exp()), NO_PRIOR[side], of)
+            if self.surface.tune_noise and at[-1]:
+                self._edge("noise", float(edge[-1].exp()), NO_NOISE[side], "")
+
+    def noise(self, effective: float, left_out: int) -> None:
+        """Of a noise that the residuals of the data that were trained on do not tell."""
+        targets = self.surface.fit.count * self.surface.fit.outputs
+        why = None
+        if effective > EXHAUSTED * targets:
+            why = f"the fit has {effective:.1f} effective parameters for {targets:g} target values"
+        elif left_out > LEFT_OUT * targets:
+            why = (
+                f"{left_out} more weights than the approximation is over were trained on the same {targets:g} target "
+                "values, and what they took up of the noise is not counted"
+            )
+        if why:
             warnings.warn(
-                f"The evidence is largest at the edge of the search, {what} {math.exp(bound):g}: the data speak for "
-                f"{meaning}. Check that the network is trained, and the scale of the data.",
+                f"The tuned noise {float(self.logs[-1].exp()):.3g} may be far too small: {why}. Set sigma_noise from "
+                "held-out residuals, or tune it during training, by lapkit.marglik.marglik_training.",
                 stacklevel=4,
             )
+
+    def _listed(self, groups: Tensor) -> str:
+        """The parameters that groups belong to, with how many of each; the first few."""
+        parameters, sizes = self.surface.fit.parameters, self.surface.sizes
+        ends = torch.tensor(parameters.sizes, device=sizes.device).cumsum(0)
+        owners = torch.searchsorted(ends, sizes.cumsum(0)[groups] - 1, right=True)
+        found = [(parameters.names[i], int(n)) for i, n in enumerate(owners.bincount(minlength=len(ends))) if n]
+        shown = ", ".join(name if n == 1 else f"{name} ({n} times)" for name, n in found[:SHOWN])
+        return shown + (f" and {len(found) - SHOWN} more" if len(found) > SHOWN else "")
+
+    @staticmethod
+    def _edge(what: str, value: float, meaning: str, of: str) -> None:
+        warnings.warn(
+            f"The evidence is largest at the edge of the search, {what} {value:g}{of}: the data speak for {meaning}. "
+            "Check that the network is trained, and the scale of the data.",
+            stacklevel=5,
+        )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lapkit.curvature import Likelihood, Parameters
-from lapkit.curvature.capture.forward import forward
+from lapkit.curvature.capture.forward import ForwardFunction, forward
 from lapkit.posteriors import GaussianPrior
 
 PATIENCE = 10  # epochs without a fall of the loss, after which training ends
@@ -91,7 +91,14 @@ def train_map(
 
 
 def negative_log_posterior(
-    model: nn.Module, parameters: Parameters, likelihood: Likelihood, prior: GaussianPrior, temperature: float = 1.0
+    model: nn.Module,
+    parameters: Parameters,
+    likelihood: Likelihood,
+    prior: GaussianPrior,
+    temperature: float = 1.0,
+    *,
+    forward_fn: ForwardFunction | None = None,
+    output_axis: int | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """What MAP training minimises, up to constants, as its two terms.
 
@@ -101,6 +108,8 @@ def negative_log_posterior(
         likelihood: of the targets, with its noise.
         prior: over these weights.
         temperature: of the likelihood.
+        forward_fn: `forward_fn(model, inputs)` to be called instead of the model.
+        output_axis: the axis of classes or channels in the outputs.
 
     Returns:
         A function of a batch `(x, y, example_weights=None)` with the value `-(1/T) sum_n log p(y_n|f_n)` of the batch
@@ -110,8 +119,8 @@ def negative_log_posterior(
     scale = likelihood.precision / temperature
 
     def terms(x: Any, y: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        f = forward(model, x, parameters, y=y)
-        losses = likelihood.loss(f, likelihood.check(f.detach(), y))
+        f = forward(model, x, parameters, forward_fn=forward_fn, output_axis=output_axis, y=y)
+        losses = likelihood.loss(f, likelihood.check(f.detach(), y, output_axis))
         deviation = torch.cat([p.reshape(-1) for p in parameters.tensors]) - centre
         misfit = losses.sum() if weights is None else (losses * weights).sum()
         return scale * misfit, (precision * deviation.square()).sum() / 2

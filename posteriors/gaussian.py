@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.likelihoods.likelihood import Likelihood
+from lapkit.curvature.operators.diagonal import Diagonal
 from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.posteriors.fit import Fit
 from lapkit.posteriors.priors import GaussianPrior
@@ -56,17 +57,54 @@ class GaussianPosterior:
         noise = torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
         return self.mean + self.precision.inverse_root_transpose(noise).T
 
-    def log_prob(self, weights: Tensor) -> Tensor:
-        """The normalised log density at weights `(P,)`, or at several `(S, P)`."""
+    def log_prob(self, weights: Tensor, normalized: bool = True) -> Tensor:
+        """The log density at weights `(P,)`, or at several `(S, P)`.
+
+        Args:
+            weights: where.
+            normalized: with the constants; otherwise `-square_norm / 2`.
+
+        Returns:
+            `()` or `(S,)`.
+
+        Raises:
+            ValueError: if the last axis is not of length P.
+        """
+        constant = self.precision.logdet() - len(self.mean) * math.log(2 * math.pi) if normalized else 0.0
+        return (constant - self.square_norm(weights)) / 2
+
+    def square_norm(self, weights: Tensor) -> Tensor:
+        """`(w - mean)^T precision (w - mean)` at weights `(P,)`, or at several `(S, P)`.
+
+        Raises:
+            ValueError: if the last axis is not of length P.
+        """
+        if weights.shape[-1:] != self.mean.shape:
+            size = len(self.mean)
+            raise ValueError(f"Expected weights ({size},) or (S, {size}), got {tuple(weights.shape)}.")
         deviation = (weights - self.mean).reshape(-1, len(self.mean))
-        scatter = (deviation.T * self.precision.matmul(deviation.T)).sum(0)
-        constant = self.precision.logdet() - len(self.mean) * math.log(2 * math.pi)
-        return ((constant - scatter) / 2).reshape(weights.shape[:-1])
+        return (deviation.T * self.precision.matmul(deviation.T)).sum(0).reshape(weights.shape[:-1])
 
     @property
     def variance(self) -> Tensor:
         """Marginal variances of the weights, `(P,)`."""
         return self.precision.inverse_diagonal()
+
+    @property
+    def scale(self) -> Tensor:
+        """`S` with `S S^T` the covariance, `(P, P)`; of a diagonal one the standard deviations, `(P,)`."""
+        if isinstance(self.precision, Diagonal):
+            return self.precision.values.rsqrt()
+        return self.precision.inverse_root_transpose(self._eye)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The whole matrix, `(P, P)`."""
+        return self.precision.solve(self._eye)
+
+    @property
+    def _eye(self) -> Tensor:
+        return torch.eye(len(self.mean), dtype=self.mean.dtype, device=self.mean.device)
 
 
 def laplace_posterior(

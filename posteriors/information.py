@@ -22,6 +22,7 @@ from lapkit.curvature.likelihoods.classification import Categorical
 from lapkit.curvature.likelihoods.counts import Poisson
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.likelihoods.regression import Gaussian, HeteroscedasticGaussian, PerOutputGaussian
+from lapkit.posteriors.checks import check_variance
 from lapkit.posteriors.functions import FunctionDistribution
 from lapkit.posteriors.links import over_quasi_samples
 from lapkit.posteriors.quadrature import difference, entropy_of_logit, expected_entropy, expected_sigmoid
@@ -171,10 +172,13 @@ def uncertainty_of_logit(mean: Tensor, variance: Tensor) -> Uncertainty:
         >>> uncertainty_of_logit(torch.tensor(0.0), torch.tensor(100.0)).epistemic
         tensor(0.5648)
     """
-    aleatoric = expected_entropy(mean, variance)
-    p = expected_sigmoid(-mean.abs(), variance).clamp_min(torch.finfo(mean.dtype).tiny)  # entr has no derivative at 0
-    total = torch.where(variance == 0, entropy_of_logit(mean), torch.special.entr(p) + torch.special.entr(1 - p))
-    return Uncertainty(aleatoric, (total - aleatoric).clamp_min(0))
+    check_variance(mean, variance)
+    m, v = mean.double(), variance.double()  # a small epistemic part is the difference of two large numbers
+    aleatoric = expected_entropy(m, v)
+    lower = torch.where(m > 0, -m, m)
+    p = expected_sigmoid(lower, v).clamp_min(torch.finfo(m.dtype).tiny)  # entr has no derivative at 0
+    total = torch.where(v == 0, entropy_of_logit(m), torch.special.entr(p) + torch.special.entr(1 - p))
+    return Uncertainty(aleatoric.to(mean.dtype), (total - aleatoric).clamp_min(0).to(mean.dtype))
 
 
 def uncertainty_of_samples(log_probabilities: Tensor) -> Uncertainty:

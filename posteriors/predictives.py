@@ -13,6 +13,7 @@ from torch.distributions import Dirichlet, Distribution, Independent
 from lapkit.curvature.likelihoods.binary import Bernoulli
 from lapkit.curvature.likelihoods.classification import Categorical
 from lapkit.curvature.likelihoods.likelihood import Likelihood
+from lapkit.curvature.likelihoods.regression import Gaussian, HeteroscedasticGaussian, PerOutputGaussian
 from lapkit.posteriors.bridge import laplace_bridge
 from lapkit.posteriors.functions import FunctionDistribution
 from lapkit.posteriors.links import Link, closed_form, no_and_yes, probit
@@ -73,6 +74,31 @@ def _(likelihood: Categorical, probabilities: Tensor) -> Distribution:
 @class_distribution.register
 def _(likelihood: Bernoulli, probabilities: Tensor) -> Distribution:
     return Independent(BernoulliDistribution(probs=probabilities), 1)
+
+
+@singledispatch
+def mean_outputs(likelihood: Likelihood, outputs: int) -> int:
+    """How many of the outputs, the first ones, are means of targets: with them the targets' mean is Gaussian too.
+
+    Args:
+        likelihood: of targets given outputs.
+        outputs: C.
+
+    Returns:
+        C, C / 2 where log variances follow, and 0 where the mean of y is no output, as for classes.
+    """
+    return 0
+
+
+@mean_outputs.register(Gaussian)
+@mean_outputs.register(PerOutputGaussian)
+def _(likelihood: Likelihood, outputs: int) -> int:
+    return outputs
+
+
+@mean_outputs.register
+def _(likelihood: HeteroscedasticGaussian, outputs: int) -> int:
+    return outputs // 2
 
 
 @singledispatch

@@ -6,8 +6,11 @@ There the roles are changed. The sigmoid is the distribution function of a logis
 
     E[sigmoid(f)] = P(l < f) = int sigmoid'(l) Phi((m - l) / sqrt(v)) dl,
 
-and the trapezoidal rule for a smooth bump on the whole line converges exponentially: step 1/2 leaves
-1e-15.
+and the trapezoidal rule for a smooth bump on the whole line converges exponentially: step 1/2 leaves 1e-15. The
+integrand falls as `exp(-|l|)` only where `m >= -v / 2`; further in the tail it moves after the Gaussian. From there
+`sigmoid(f) = exp(f) sigmoid(-f)` leads back, as the exponential moves the Gaussian by its variance:
+
+    E[sigmoid(f)] = exp(m + v / 2) E[sigmoid(g)],  g ~ N(-m - v, v).
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from lapkit.posteriors.checks import check_classes, check_gaussian, check_varian
 
 NODES = 32  # of Gauss-Hermite quadrature, up to variance NARROW
 NARROW = 1.0
-STEP, REACH = 0.5, 40.0  # of the trapezoidal rule; the bumps fall as exp(-|l|)
+STEP, REACH = 0.5, 40.0  # of the trapezoidal rule; the bumps fall as exp(-|l|), below zero as exp(-|l| / 2) at least
 
 
 @cache
@@ -42,8 +45,13 @@ def _hermite_nodes(mean: Tensor, variance: Tensor) -> Tensor:
     return mean[..., None] + variance.sqrt()[..., None] * mean.new_tensor(_hermite()[0])
 
 
-def _line(like: Tensor) -> Tensor:
-    return torch.arange(-REACH, REACH + STEP / 2, STEP, dtype=like.dtype, device=like.device)
+def _line(like: Tensor, below: float = REACH) -> Tensor:
+    return torch.arange(-below, REACH + STEP / 2, STEP, dtype=like.dtype, device=like.device)
+
+
+def _below_zero(f: Tensor) -> Tensor:
+    """`-|f|`, with the derivatives of f at zero: there a symmetric function has them, but |f| has not."""
+    return torch.where(f > 0, -f, f)
 
 
 def expected_sigmoid(mean: Tensor, variance: Tensor) -> Tensor:
@@ -68,15 +76,16 @@ def expected_sigmoid(mean: Tensor, variance: Tensor) -> Tensor:
         tensor([0.6477])
     """
     check_variance(mean, variance)
-    lower = -mean.abs()  # the smaller of p and 1 - p keeps its digits
+    lower = _below_zero(mean)  # the smaller of p and 1 - p keeps its digits
     small, narrow, wide = _split(variance)
     by_series = lower.sigmoid() * (1 + small / 2 * (1 - 3 * lower.sigmoid() + 2 * lower.sigmoid().square()))
     by_hermite = _by_hermite(_hermite_nodes(lower, narrow).sigmoid())
-    center = (lower + wide).clamp(max=0).detach()[..., None]  # far in the tail the integrand's mass moves there
-    line = center + _line(mean)
+    tail = lower < -wide / 2
+    place = torch.where(tail, -lower - wide, lower)
+    line = _line(mean, 2 * REACH)
     bump = torch.exp(torch.nn.functional.logsigmoid(line) + torch.nn.functional.logsigmoid(-line))
-    below = _normal_cdf((lower[..., None] - line) / wide.sqrt()[..., None])
-    by_line = STEP * (bump * below).sum(-1)
+    below = _normal_cdf((place[..., None] - line) / wide.sqrt()[..., None])
+    by_line = torch.where(tail, lower + wide / 2, 0.0).exp() * (STEP * below @ bump)
     p = _choose(variance, by_series, by_hermite, by_line)
     return torch.where(mean > 0, 1 - p, p)
 
@@ -109,8 +118,8 @@ def expected_entropy(mean: Tensor, variance: Tensor) -> Tensor:
 
 def entropy_of_logit(f: Tensor) -> Tensor:
     """The entropy of yes or no with logit f, `h(sigmoid(f)) = softplus(-|f|) + |f| sigmoid(-|f|)`, in nats."""
-    size = f.abs()
-    return torch.nn.functional.softplus(-size) + size * (-size).sigmoid()
+    lower = _below_zero(f)
+    return torch.nn.functional.softplus(lower) - lower * lower.sigmoid()
 
 
 def expected_normal_cdf(mean: Tensor, variance: Tensor) -> Tensor:

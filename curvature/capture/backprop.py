@@ -63,6 +63,7 @@ class Backprop:
         self.examples = len(output)
         self.returned_shape = output.shape  # the engine puts that of the outputs before they took this form
         self.may_batch = True  # cleared where an operation fails under vmap
+        self.restrict: Callable[[str, LayerJacobian], LayerJacobian] | None = None  # to some of a tensor's weights
         self.uses: dict[Node, list[Use]] = defaultdict(list)
         self.count: dict[str, int] = defaultdict(int)
         uses = [use for use in uses if layouts[use.node]]  # autograd knows the others to receive nothing
@@ -120,6 +121,8 @@ class Backprop:
         for name, size in zip(self.parameters.names, self.parameters.sizes, strict=True):
             if name not in parts:  # autograd knows its derivative to be zero
                 parts[name] = DenseJacobian(self.output.new_zeros(outputs, len(self.output), size))
+        if self.restrict is not None:
+            parts = {name: self.restrict(name, part) for name, part in parts.items()}
         return NetworkJacobian(tuple(parts[n] for n in self.parameters.names))
 
     def __call__(self, columns: Tensor, consume: Consume, plan: Plan, *, whole: bool = False) -> None:

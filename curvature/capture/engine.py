@@ -156,6 +156,19 @@ class Engine:
         backprop = self(x)
         return backprop.output.detach(), backprop.jacobian()
 
+    @property
+    def of_tensors(self) -> Engine:
+        """An engine whose Jacobians are in all weights of `parameters`: itself."""
+        return self
+
+    def complete(self, weights: Tensor) -> Tensor:
+        """Values of the weights that Jacobians are in, `(*, S)`, as those of all of `parameters`, `(*, P)`."""
+        return weights
+
+    def restricted(self, jacobian: NetworkJacobian) -> NetworkJacobian:
+        """A Jacobian in all of `parameters`, cut down to the weights that this engine's Jacobians are in."""
+        return jacobian
+
     def outputs(self, x: Any) -> Tensor:
         """The forward pass alone: outputs `(N, *, C)` with their graph.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lapkit.curvature.capture import internals
 from lapkit.curvature.inputs import all_finite, tensors
@@ -94,7 +95,7 @@ def forward(
     Raises:
         TypeError: if the inputs' type does not suit the weights, or outputs are no floating tensor.
         ValueError: if outputs have a wrong shape or not that of the targets, or they or the inputs are not finite.
-        RuntimeError: if the model itself fails, as it does.
+        RuntimeError: if the model itself fails.
     """
     returned = run(model, x, parameters, forward_fn)
     output = canonical(returned, output_axis)
@@ -116,10 +117,15 @@ def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFun
         Outputs as the model has them.
 
     Raises:
-        TypeError: if the inputs' type does not suit the weights.
+        TypeError: if the inputs' type does not suit the weights, or they are a data loader or with their targets.
         ValueError: if the inputs are not finite.
-        RuntimeError: if the model itself fails, as it does.
+        RuntimeError: if the model itself fails.
     """
+    if isinstance(x, (Dataset, DataLoader)):
+        raise TypeError(
+            f"Expected one batch of inputs, got a {type(x).__name__}. Take the inputs of one batch: "
+            "x, _ = next(iter(loader))."
+        )
     if any(t.is_floating_point() and not all_finite(t) and _refused(x, t) for t in tensors(x)):
         raise ValueError("The inputs hold NaN or infinite values. Remove or impute these examples first.")
     try:
@@ -131,8 +137,22 @@ def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFun
                 f"The model, with weights of type {parameters.dtype}, failed on inputs of type {x.dtype} ({error}). "
                 f"If they are numbers rather than indices, convert them: x.to({parameters.dtype})."
             ) from error
-        raise
+        if type(error) is not RuntimeError:  # out of memory, or not implemented
+            raise
+        raise RuntimeError(f"The model failed on inputs of shape {_shapes(x)}: {error}") from error
+    except TypeError as error:
+        if not isinstance(x, (tuple, list)):
+            raise
+        raise TypeError(
+            f"The model failed on inputs that are a {type(x).__name__} of {_shapes(x)}: {error}. If they are (inputs, "
+            "targets), give the inputs alone."
+        ) from error
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
+
+
+def _shapes(x: Any) -> str:
+    """The shape of a tensor, or those of all inside."""
+    return str(tuple(x.shape)) if isinstance(x, Tensor) else ", ".join(str(tuple(t.shape)) for t in tensors(x))
 
 
 def _refused(x: Any, t: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -25,6 +26,7 @@ class RandomSignGGN(Columns):
         seed: of the signs; that of the pass over the data by default.
 
     Raises:
+        TypeError: if the number of samples is no integer.
         ValueError: if there is not at least one sample.
 
     Reference:
@@ -64,6 +66,7 @@ class MonteCarloGGN(Columns):
         seed: of the samples; that of the pass over the data by default.
 
     Raises:
+        TypeError: if the number of samples is no integer.
         ValueError: if there is not at least one.
 
     Reference:
@@ -92,8 +95,11 @@ def _at_least_one(samples: int) -> None:
     """Refuse no samples.
 
     Raises:
+        TypeError: if their number is no integer.
         ValueError: if there is not at least one.
     """
+    if isinstance(samples, bool) or not isinstance(samples, Integral):
+        raise TypeError(f"The number of Monte Carlo samples is an integer, got samples={samples!r}.")
     if samples < 1:
         raise ValueError(f"At least one Monte Carlo sample is needed, got {samples}.")
 

@@ -133,7 +133,15 @@ class Draws:
 
 
 def seed_from(generator: torch.Generator | None = None) -> int:
-    """A seed of 63 bits, from torch's global generator by default."""
+    """A seed of 63 bits, from torch's global generator by default.
+
+    Raises:
+        TypeError: if something else is given, such as a number.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"Expected a generator, got {generator!r}. From a seed it is made by torch.Generator().manual_seed(0)."
+        )
     device = "cpu" if generator is None else generator.device
     return int(torch.randint(2**63 - 1, (), generator=generator, device=device))
 
@@ -144,6 +152,11 @@ def example_keys(batch: Any, examples: int, start: int = 0) -> Tensor:
     Equal examples, those with equal targets too if they are part of the batch, get equal keys and so share random
     numbers: an estimate stays unbiased, but repeating an example does not make it more precise. Trailing zeros, as
     padding leaves them, change nothing.
+
+    A tensor that all examples share, such as a table of positions, is taken for numbers of the examples if its first
+    axis happens to be as long as the batch. The keys are then still right for this batch, but those of the same
+    examples in batches of another size differ: give such a tensor an axis of length one in front, or let the model
+    hold it.
 
     Args:
         batch: tensors in tuples, lists and mappings; those whose first axis counts the examples are used.

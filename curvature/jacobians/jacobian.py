@@ -176,6 +176,13 @@ class LayerJacobian(Jacobian):
     def select(self, part: slice) -> LayerJacobian:
         """The Jacobian of some of the examples."""
 
+    def at(self, places: Tensor) -> DenseJacobian:
+        """The derivatives in some of the weights only, `(S,)` flat places; a few examples at a time are expanded."""
+        columns, examples, size = self.shape
+        step = chunk_length(examples, 2 * 8 * columns * size, self.budget)
+        parts = (self.select(slice(i, min(i + step, examples))) for i in range(0, examples, step))
+        return DenseJacobian(torch.cat([part.to_dense()[..., places] for part in parts], dim=1))
+
     @abstractmethod
     def rotate(self, left: Tensor | None, right: Tensor) -> LayerJacobian:
         """`J (left (x) right)`, in a Kronecker basis of the weights: `(G, R, R)`, `(G, C, C)`, rows first as stored.
@@ -252,6 +259,10 @@ class DenseJacobian(LayerJacobian):
     def select(self, part: slice) -> DenseJacobian:
         """See `LayerJacobian.select`."""
         return DenseJacobian(self.values[:, part])
+
+    def at(self, places: Tensor) -> DenseJacobian:
+        """See `LayerJacobian.at`."""
+        return DenseJacobian(self.values[..., places])
 
     def rotate(self, left: Tensor | None, right: Tensor) -> DenseJacobian:
         """See `LayerJacobian.rotate`; for exact blocks `right` is one by one."""

@@ -357,6 +357,21 @@ class OuterProduct(LayerJacobian):
         """See `LayerJacobian.select`."""
         return OuterProduct(self.a[part], self.g[:, part], self.transposed, self.budget)
 
+    def at(self, places: Tensor) -> DenseJacobian:
+        """See `LayerJacobian.at`: products of the entries that meet in these weights, where that is less to write."""
+        positions, groups, inputs = self.a.shape[1:]
+        if positions * len(places) > self.shape[2]:
+            return super().at(places)
+        rows = inputs if not self.transposed else self.g.shape[-1]  # numbers in a row of the stored matrix
+        group, row, column = places // (self.shape[2] // groups), places // rows, places % rows
+        row = row % (self.shape[2] // groups // rows)
+        output, incoming = (column, row) if self.transposed else (row, column)
+        found = []
+        for part in self.parts((self.g.shape[0] + 2) * positions * len(places)):
+            products = self.g[:, part][..., group, output] * self.a[part][..., group, incoming]  # (K, n, T, S)
+            found.append(products.sum(2))
+        return DenseJacobian(torch.cat(found, dim=1))
+
     def split(self, sizes: Sequence[int]) -> Iterator[Jacobian]:
         """Itself: one parameter is not cut.
 

@@ -150,6 +150,17 @@ class Likelihood(ABC):
         """What multiplies the loss, 1 unless the likelihood has a dispersion."""
         return 1.0
 
+    def with_noise(self, noise: Tensor | float) -> Likelihood:
+        """The same with another dispersion, `precision = 1 / noise^2`.
+
+        Args:
+            noise: a positive number; the result is differentiable in it.
+
+        Raises:
+            ValueError: if there is no dispersion, or the noise is not positive.
+        """
+        raise ValueError(f"{type(self).__name__} has no observation noise; only regression has.")
+
     def log_normaliser(self, count: float, outputs: float) -> Tensor | float:
         """What the normaliser adds to the log likelihood of `count` examples with `outputs` numbers each, `T C`.
 

@@ -93,6 +93,10 @@ class Gaussian(DiagonalLikelihood):
         noise = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device) * self.noise**2
         return MultivariateNormal(mean, covariance + noise)
 
+    def with_noise(self, noise: Tensor | float) -> Gaussian:
+        """See `Likelihood.with_noise`."""
+        return Gaussian(noise)
+
     @property
     def precision(self) -> Tensor | float:
         """`1 / noise^2`."""
@@ -165,6 +169,10 @@ class PerOutputGaussian(DiagonalLikelihood):
     def predictive(self, mean: Tensor, covariance: Tensor) -> MultivariateNormal:
         """`N(mean, covariance + scale^2 diag(noise^2))`, exactly."""
         return MultivariateNormal(mean, covariance + torch.diag((self.scale * self.noise.to(mean)).square()))
+
+    def with_noise(self, noise: Tensor | float) -> PerOutputGaussian:
+        """See `Likelihood.with_noise`: another scale of all outputs' noises."""
+        return PerOutputGaussian(self.noise, noise)
 
     @property
     def precision(self) -> Tensor | float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.jacobian import Jacobian
-from lapkit.curvature.operators.operator import SymmetricOperator
+from lapkit.curvature.operators.operator import SymmetricOperator, logdet_from_one
 
 
 @final
@@ -91,7 +91,8 @@ class Dense(SymmetricOperator):
         if delta.ndim == 0:
             return (self.eigenvalues / delta).log1p().sum()
         root = delta.rsqrt()
-        return Dense(root[:, None] * self.matrix * root).shift(1.0).logdet()
+        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
+        return logdet_from_one(root[:, None] * self.matrix * root + eye)
 
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""

@@ -166,7 +166,7 @@ class Factored(Woodbury):
 
     def _summed_squares(self, root: Tensor, factors: Tensor) -> Tensor:
         """The diagonal of `V root diag(factors) root^T V^T`: each combination is squared and added up at once."""
-        root, found = root.to(self._like.dtype), []
+        found = []
         for index in range(len(self.groups)):
             pairs = zip(factors, self._combined(index, root), strict=True)
             found.append(_summed(factor * combined.double().square() for factor, combined in pairs))
@@ -174,6 +174,8 @@ class Factored(Woodbury):
 
     def inverse_gram(self, jacobian: Jacobian) -> Tensor:
         """By a difference of Gram matrices, as `inverse_quadratic`; in double precision from the start."""
+        if self._lost:
+            return super().inverse_gram(jacobian)
         jacobian, inverse = converted(jacobian, torch.float64), self._inverse_offset
         split = zip(jacobian.split(self.groups), self._of_parameters(inverse), strict=True)
         whole = _summed(_cross(part, part, weight) for part, weight in split).unflatten(2, jacobian.shape[:2])
@@ -183,6 +185,10 @@ class Factored(Woodbury):
         left, total = (m.flatten(2).flatten(0, 1).diagonal() for m in (result, whole))
         enough = (left >= 10 * torch.finfo(torch.float64).eps ** 0.5 * total).all()
         return result.to(self.dtype) if enough else super().inverse_gram(jacobian).to(self.dtype)
+
+    def _written(self) -> Tensor:
+        rows = [torch.cat([part.to_dense().double() for part in batch], dim=-1).flatten(0, 1) for batch in self.batches]
+        return torch.cat(rows).T
 
     def _of_parameters(self, values: Tensor) -> Sequence[Tensor]:
         """For each parameter, one number `()` or those of its weights."""

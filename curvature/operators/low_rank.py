@@ -148,6 +148,9 @@ class LowRank(Woodbury):
         parts = [jacobian.project(weights * some.to(dtype)) for some in self.columns.split(step, dim=1)]
         return torch.cat(parts, dim=2).transpose(0, 1)
 
+    def _written(self) -> Tensor:
+        return self.columns.double()
+
     def _group_grams(self) -> Iterator[Tensor]:
         yield from (gram(rows) for rows in self.columns.split(self.groups or [self.size]))
 

@@ -229,6 +229,18 @@ def spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
     return values.repeat_interleave(torch.tensor(sizes, device=values.device), output_size=sum(sizes))
 
 
+def logdet_from_one(matrix: Tensor) -> Tensor:
+    """`log det` of a symmetric matrix whose eigenvalues are at least one, `I + A` with semi-definite A.
+
+    Beside eigenvalues beyond `1 / eps` those near one are lost in round-off and there is no Cholesky factor. They are
+    one then, to all the digits that the sum has.
+    """
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed.any():
+        return 2 * factor.diagonal().log().sum()
+    return torch.linalg.eigvalsh(matrix).clamp_min(1).log().sum()
+
+
 def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, at least zero, and eigenvectors of positive semi-definite matrices `(*, n, n)`, computed in float64.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any
 
@@ -14,7 +15,43 @@ from torch.autograd.function import once_differentiable
 from lapkit.curvature.jacobians.conversion import converted, floating_type
 from lapkit.curvature.jacobians.jacobian import Jacobian
 from lapkit.curvature.memory import chunk_length, default_budget
-from lapkit.curvature.operators.operator import SymmetricOperator, spread
+from lapkit.curvature.operators.operator import SymmetricOperator, logdet_from_one, spread
+
+LARGEST = 1e7  # entries of `I + ...` beyond which fewer than nine digits of the identity are left
+
+
+@dataclass(frozen=True, eq=False)
+class Whitened:
+    """`diag(offset)^{-1/2} (factor V V^T)^{1/2}` by its singular values: `A = D^{1/2} (I + U S^2 U^T) D^{1/2}`.
+
+    With orthonormal U the inverse needs no difference of large numbers, only what a vector has outside of U.
+
+    Args:
+        left: `U`, `(P, r)`, in float64.
+        singular: `S`, `(r,)`.
+        right: `(R, r)`.
+    """
+
+    left: Tensor
+    singular: Tensor
+    right: Tensor
+
+    @property
+    def shrinkage(self) -> Tensor:
+        """`(1 + S^2)^{-1/2}`."""
+        return (1 + self.singular.square()).rsqrt()
+
+    def inverse_root(self, vectors: Tensor) -> Tensor:
+        """`(I + U S^2 U^T)^{-1/2} v`, symmetric."""
+        inner = self.left.T @ vectors
+        rest = vectors - self.left @ inner
+        rest = rest - self.left @ (self.left.T @ rest)  # what round-off has left of U
+        return rest + self.left @ (self.shrinkage[:, None] * inner)
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of `(I + U S^2 U^T)^{-1}`."""
+        squares = self.left.square()
+        return (1 - squares.sum(1)).clamp_min(0) + squares @ self.shrinkage.square()
 
 
 class Woodbury(SymmetricOperator):
@@ -22,6 +59,7 @@ class Woodbury(SymmetricOperator):
 
     Everything but products goes through the matrix `I + factor V^T diag(offset)^{-1} V` (Woodbury), in float64 whatever
     the type of V: beside small offsets single precision has no digits left. With R below P it is the smaller side.
+    Where its entries are so large that even double precision loses the identity, V is written out and orthogonalised.
 
     Attributes:
         offset: the diagonal, one number, `(P,)`, or `(L,)` for the groups of weights that the form of V has.
@@ -71,6 +109,10 @@ class Woodbury(SymmetricOperator):
     def _inner(self, jacobian: Jacobian, weights: Tensor) -> Tensor:
         """`J_n diag(weights) V`, `(N, K, R)`, in the type of the Jacobian; weights `()`, `(L,)` or `(P,)`."""
 
+    @abstractmethod
+    def _written(self) -> Tensor:
+        """V itself, `(P, R)`, in float64."""
+
     @cached_property
     def _diagonal(self) -> Tensor:
         if isinstance(self.offset, Tensor) and self.offset.is_floating_point():
@@ -118,6 +160,8 @@ class Woodbury(SymmetricOperator):
     def inverse_diagonal(self) -> Tensor:
         """`1 / offset - factor |L^{-1} V^T / offset|^2`, in float64."""
         inverse = self._each(self._inverse_offset)
+        if self._lost:
+            return (inverse * self._whitened.inverse_diagonal()).to(self.dtype)
         eye = torch.eye(self.rank, dtype=torch.float64, device=self.device)
         root = torch.linalg.solve_triangular(self._cholesky, eye, upper=False).mT
         return (inverse - self._scale * inverse.square() * self._squares(root)).to(self.dtype)
@@ -125,7 +169,7 @@ class Woodbury(SymmetricOperator):
     def logdet(self) -> Tensor:
         """`sum log offset + log det(I + factor V^T diag(offset)^{-1} V)`."""
         offset = self._each(self._inverse_offset).log().sum()
-        return (2 * self._cholesky.diagonal().log().sum() - offset).to(self.dtype)
+        return (logdet_from_one(self._own_middle) - offset).to(self.dtype)
 
     def _shifted_logdet(self, delta: Tensor) -> Tensor:
         offset = _positive(self._shifted(delta))
@@ -140,7 +184,7 @@ class Woodbury(SymmetricOperator):
         """`log det(I + factor V^T diag(offset)^{-1} V)`; O(R) for one number, once the eigenvalues are known."""
         if offset.ndim == 0:
             return (self.eigenvalues / offset).log1p().sum()
-        return 2 * self._factored(offset.reciprocal()).diagonal().log().sum()
+        return logdet_from_one(self._middle(offset.reciprocal()))
 
     def _shifted(self, delta: Tensor) -> Tensor:
         """The offset after a shift: a number, one for each group or one for each weight, whatever both allow."""
@@ -155,6 +199,8 @@ class Woodbury(SymmetricOperator):
         Where this difference has too few digits left in single precision it is taken in double; where these are not
         enough, `|R J^T|^2` of the expanded Jacobian is taken instead, which costs more and keeps them.
         """
+        if self._lost:
+            return self._by_root(jacobian).to(self.dtype)
         found, certain = self._by_difference(jacobian)
         if not certain and floating_type(jacobian) != torch.float64:
             jacobian = converted(jacobian, torch.float64)
@@ -166,8 +212,9 @@ class Woodbury(SymmetricOperator):
         inverse = self._inverse_offset
         whole = jacobian.weighted_gram(self._each(inverse).to(floating_type(jacobian)))
         inner = self._inner(jacobian, inverse)
-        half = torch.linalg.solve_triangular(self._cholesky, inner.mT.double(), upper=False)
-        result = whole - self._scale * (half.mT @ half)
+        flat = inner.flatten(0, 1).T.double()  # (R, N K): one right-hand side, as a batch would copy the factor
+        half = torch.linalg.solve_triangular(self._cholesky, flat, upper=False).T.reshape(inner.shape)
+        result = whole - self._scale * (half @ half.mT)
         left, total = (m.diagonal(dim1=-2, dim2=-1) for m in (result, whole))
         return result, bool((left >= 10 * torch.finfo(whole.dtype).eps ** 0.5 * total).all())
 
@@ -177,7 +224,7 @@ class Woodbury(SymmetricOperator):
         step = chunk_length(examples, 3 * 8 * columns * size, jacobian.budget)
         parts = []
         for start in range(0, examples, step):
-            rows = jacobian.select(slice(start, min(start + step, examples))).to_dense()  # (K, n, P)
+            rows = jacobian.select(slice(start, min(start + step, examples))).to_dense().double()  # (K, n, P)
             root = self._inverse_root(rows.flatten(0, 1).T).unflatten(1, rows.shape[:2]).permute(2, 1, 0)
             parts.append(root @ root.mT)
         return torch.cat(parts)
@@ -203,24 +250,38 @@ class Woodbury(SymmetricOperator):
             Wilson et al., Efficiently sampling functions from Gaussian process posteriors, 2020, eq. (13).
         """
         root, inverse = self._scale.sqrt(), self._each(self._inverse_offset)
-        inner = noise.double() - root * self._down(draws).double()
-        solved = torch.cholesky_solve(inner, self._cholesky)
-        return draws + (inverse[:, None] * self._up((root * solved).to(draws.dtype))).to(draws.dtype)
+        wide = draws.double()
+        inner = noise.double() - root * self._down(wide)
+        if self._lost:
+            found = self._whitened
+            shrunk = found.singular * found.shrinkage.square()
+            step = inverse.sqrt()[:, None] * (found.left @ (shrunk[:, None] * (found.right.T @ inner)))
+        else:
+            step = inverse[:, None] * self._up(root * torch.cholesky_solve(inner, self._cholesky))
+        return (wide + step).to(draws.dtype)
 
     def _matmul(self, vectors: Tensor) -> Tensor:
         columns = self._up((self._scale * self._down(vectors)).to(vectors.dtype))
         return columns + self._each(self._diagonal)[:, None] * vectors
 
     def _inverse_root(self, vectors: Tensor) -> Tensor:
-        """`R = (I - W K^T W^T) diag(offset)^{-1/2}` with `W = (factor / diag(offset))^{1/2} V`."""
-        root = self._each(self._inverse_offset).sqrt().to(vectors.dtype)[:, None]
-        vectors = root * vectors
-        return vectors - root * self._up(self._core.mT.to(vectors.dtype) @ self._down(root * vectors))
+        """`R = (I - W K^T W^T) diag(offset)^{-1/2}` with `W = (factor / diag(offset))^{1/2} V`, in float64."""
+        root = self._each(self._inverse_offset).sqrt()[:, None]
+        wide = root * vectors.double()
+        if self._lost:
+            return self._whitened.inverse_root(wide).to(vectors.dtype)
+        return (wide - root * self._up(self._core.mT @ self._down(root * wide))).to(vectors.dtype)
 
     def _inverse_root_transpose(self, vectors: Tensor) -> Tensor:
-        root = self._each(self._inverse_offset).sqrt().to(vectors.dtype)[:, None]
-        inner = root * self._up(self._core.to(vectors.dtype) @ self._down(root * vectors))
-        return root * (vectors - inner)
+        root, wide = self._each(self._inverse_offset).sqrt()[:, None], vectors.double()
+        if self._lost:
+            return (root * self._whitened.inverse_root(wide)).to(vectors.dtype)
+        inner = root * self._up(self._core @ self._down(root * wide))
+        return (root * (wide - inner)).to(vectors.dtype)
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """See `SymmetricOperator.solve`; nothing is rounded in between."""
+        return super().solve(vectors.double()).to(vectors.dtype)
 
     @cached_property
     def _core(self) -> Tensor:
@@ -239,14 +300,41 @@ class Woodbury(SymmetricOperator):
         return _positive(self._diagonal).reciprocal()
 
     @cached_property
-    def _cholesky(self) -> Tensor:
-        return self._factored(self._inverse_offset)
+    def _own_middle(self) -> Tensor:
+        return self._middle(self._inverse_offset)
 
-    def _factored(self, inverse: Tensor) -> Tensor:
-        """`L` with `L L^T = I + factor V^T diag(inverse) V`, `(R, R)`, in float64."""
+    @cached_property
+    def _lost(self) -> bool:
+        """Whether too few digits are left of the identity in `I + ...`."""
+        return self.rank > 0 and bool(self._own_middle.diagonal().max() > LARGEST)
+
+    @cached_property
+    def _cholesky(self) -> Tensor:
+        """`L` with `L L^T = I + factor V^T diag(offset)^{-1} V`, `(R, R)`, in float64."""
+        return torch.linalg.cholesky(self._own_middle)
+
+    @cached_property
+    def _whitened(self) -> Whitened:
+        """For curvature that exceeds the prior's by more than a difference can bear.
+
+        Raises:
+            ValueError: if there is no room to write the columns out.
+        """
+        needed = 3 * 8 * self.size * self.rank
+        if needed > 2 * default_budget(self.device):
+            raise ValueError(
+                f"The curvature exceeds the prior precision by more than {LARGEST:g} times; to keep enough digits, "
+                f"the {self.size} x {self.rank} columns have to be orthogonalised, which takes {needed / 2**30:.3g} "
+                "GiB. Use a larger prior precision, a rank, or fewer weights."
+            )
+        columns = (self._scale * self._each(self._inverse_offset)).sqrt()[:, None] * self._written()
+        left, singular, right = torch.linalg.svd(columns, full_matrices=False)
+        return Whitened(left, singular, right.mT)
+
+    def _middle(self, inverse: Tensor) -> Tensor:
+        """`I + factor V^T diag(inverse) V`, `(R, R)`, in float64."""
         weighted = self._weighted(inverse) if inverse.ndim else inverse * self._gram
-        eye = torch.eye(self.rank, dtype=torch.float64, device=self.device)
-        return torch.linalg.cholesky(self._scale * weighted + eye)
+        return self._scale * weighted + torch.eye(self.rank, dtype=torch.float64, device=self.device)
 
     def _weighted(self, weights: Tensor) -> Tensor:
         """`V^T diag(weights) V`, differentiable in the weights, `(L,)` of groups or `(P,)`."""

@@ -12,6 +12,8 @@ from torch import Tensor
 from lapkit.curvature.jacobians.jacobian import LayerJacobian
 from lapkit.curvature.memory import chunk_length
 
+NEAR = 2**24  # bytes of products that are read again at once: measured, on a CPU
+STRIPES = 8  # of the upper triangle, of which 9/16 of the matrix are computed
 BUDGET = 2**26  # bytes that the products of two layers' cotangents and inputs may take, for a few examples at a time
 
 
@@ -37,12 +39,66 @@ class _Part:
         return self.jacobian.single_position()
 
 
-def add_blocks(total: Tensor, parts: Sequence[tuple[int, LayerJacobian]]) -> None:
+class OwnBlock:
+    """`sum_n (sum_k g g^T)_n (x) (a a^T)_n`, the block of a layer with one position, a quarter of its entries.
+
+    Both factors are symmetric: pairs of outputs are kept once, and of pairs of inputs stripes of the upper triangle.
+    The matrix is put together at the end, not for each batch.
+
+    Args:
+        outputs: O.
+        inputs: I.
+        transposed: whether the weight is stored as inputs x outputs.
+        like: for type and place.
+    """
+
+    def __init__(self, outputs: int, inputs: int, *, transposed: bool, like: Tensor) -> None:
+        self.outputs, self.inputs, self.transposed = outputs, inputs, transposed
+        self.pairs = torch.triu_indices(outputs, outputs, device=like.device).unbind()
+        width = max(-(-inputs // STRIPES), 8)
+        self.starts = range(0, inputs, width)
+        self.stripes = [
+            like.new_zeros(len(self.pairs[0]), min(width, inputs - start) * (inputs - start)) for start in self.starts
+        ]
+
+    def add(self, g: Tensor, a: Tensor) -> None:
+        """Some columns of a batch: cotangents `(K, N, O)` and inputs `(N, I)`."""
+        one, two = self.pairs
+        numbers = self.outputs**2 + max(stripe.shape[1] for stripe in self.stripes)
+        step = chunk_length(len(a), numbers * g.element_size(), NEAR)
+        for cotangents, inputs in zip(g.split(step, dim=1), a.split(step), strict=True):
+            products = torch.einsum("kno,knp->nop", cotangents, cotangents)[:, one, two]
+            for start, stripe in zip(self.starts, self.stripes, strict=True):
+                width = stripe.shape[1] // (self.inputs - start)
+                outer = inputs[:, start : start + width, None] * inputs[:, None, start:]
+                stripe.addmm_(products.T, outer.flatten(1))
+
+    def to_dense(self) -> Tensor:
+        """The block, `(O I, O I)`, weights in the order in which they are stored."""
+        (one, two), o, i = self.pairs, self.outputs, self.inputs
+        like = self.stripes[0]
+        out = like.new_empty(i, o, i, o).permute(1, 3, 0, 2) if self.transposed else like.new_empty(o, i, o, i)
+        four = out if self.transposed else out.permute(0, 2, 1, 3)  # (O, O, I, I)
+        for start, stripe in zip(self.starts, self.stripes, strict=True):
+            found = stripe.unflatten(1, (-1, i - start))
+            here = slice(start, start + found.shape[1])
+            below = found[:, :, found.shape[1] :].mT
+            for row, column in ((one, two), (two, one)):
+                four[row, column, here, start:] = found
+                four[row, column, here.stop :, here] = below
+        return (four.permute(2, 0, 3, 1) if self.transposed else four.permute(0, 2, 1, 3)).reshape(o * i, o * i)
+
+
+OwnBlocks = dict[int, OwnBlock]  # by where the parameters' weights begin
+
+
+def add_blocks(total: Tensor, parts: Sequence[tuple[int, LayerJacobian]], own: OwnBlocks | None = None) -> None:
     """Add `sum_{k,n} J[k,n] J[k,n]^T` to a matrix over all weights, in its blocks on and above the diagonal.
 
     Args:
         total: `(P, P)`; what stands below the diagonal blocks afterwards has no meaning.
         parts: for each parameter where its weights begin, and its Jacobian; in ascending order.
+        own: blocks on the diagonal that are kept apart where that is cheaper, and come to the total by `mirrored`.
     """
     known = [_Part(start, jacobian) for start, jacobian in parts]
     pairs = [(one, two) for i, one in enumerate(known) for two in known[i:]]
@@ -53,15 +109,35 @@ def add_blocks(total: Tensor, parts: Sequence[tuple[int, LayerJacobian]]) -> Non
         return
     for (one, two), cheaper in zip(pairs, factored, strict=True):
         block = total[one.place, two.place]
-        if cheaper:
+        if cheaper and one is two and own is not None:
+            _add_own(own, one, total)
+        elif cheaper:
             block += _from_factors(one, two)
         else:
             block.addmm_(one.rows.T, two.rows)
 
 
-def mirrored(total: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The symmetric matrix of which `total` has the blocks of these sizes on and above the diagonal."""
+def _add_own(own: OwnBlocks, part: _Part, like: Tensor) -> None:
+    """Add the block of one parameter to those that are kept apart."""
+    assert part.outer is not None  # the caller has asked
+    g, a = part.outer
+    if part.start not in own:
+        own[part.start] = OwnBlock(g.shape[2], a.shape[1], transposed=part.jacobian.transposed, like=like)
+    own[part.start].add(g, a)
+
+
+def mirrored(total: Tensor, sizes: Sequence[int], own: OwnBlocks | None = None) -> Tensor:
+    """The symmetric matrix of which `total` has the blocks of these sizes on and above the diagonal.
+
+    Args:
+        total: `(P, P)`.
+        sizes: of the blocks.
+        own: blocks that were kept apart.
+    """
     full, start = total.clone(), 0
+    for begin, block in (own or {}).items():
+        place = slice(begin, begin + block.outputs * block.inputs)
+        full[place, place] += block.to_dense()
     for size in sizes:
         start += size
         full[start:, start - size : start] = total[start - size : start, start:].T

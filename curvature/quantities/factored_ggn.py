@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, final
 
@@ -11,14 +12,16 @@ from torch import Tensor
 from lapkit.curvature.columns.columns import Columns
 from lapkit.curvature.jacobians.conversion import beside, converted, mapped
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, summable
+from lapkit.curvature.jacobians.patches import Patches
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.factored import Batch, Factored
 from lapkit.curvature.operators.woodbury import Woodbury
 from lapkit.curvature.parameters import Parameters
+from lapkit.curvature.quantities.packing import Packer, unpack
 from lapkit.curvature.quantities.quantity import Quantity
-from lapkit.curvature.quantities.results import CurvatureSum
+from lapkit.curvature.quantities.results import CurvatureSum, Shapes
 from lapkit.curvature.quantities.sqrt_ggn import LowRankSum, SqrtGGN
 
 if TYPE_CHECKING:
@@ -52,15 +55,16 @@ class FactoredSum(CurvatureSum):
         return replace(self, batches=tuple(tuple(converted(p, dtype, place) for p in b) for b in self.batches))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Factored Jacobians have no form in a file.
+        """See `Result.state`: the Jacobians as they are, not written out."""
+        packer = Packer((LayerJacobian, Patches))
+        batches = packer.pack(self.batches, "batches")
+        return packer.tensors, {**super().state()[1], "batches": batches}
 
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "Factored Jacobians are not written to files. Accumulate the columns themselves by SqrtGGN (for Laplace: "
-            "space='weights'), whose result is."
-        )
+    @classmethod
+    def restored(cls, shapes: Shapes, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Self:
+        """See `Result.restored`."""
+        batches = unpack(rest["batches"], tensors, (LayerJacobian, Patches))
+        return cls(shapes, {}, rest["count"], rest["about"], batches)
 
     def operator(self) -> Factored | BlockDiagonal:
         """`V V^T` over all weights, or one such block for each parameter, written out where it has fewer weights."""

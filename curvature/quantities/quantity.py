@@ -23,7 +23,7 @@ from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.dense import Dense
 from lapkit.curvature.operators.diagonal import Diagonal
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities.cross import add_blocks, mirrored
+from lapkit.curvature.quantities.cross import OwnBlocks, add_blocks, mirrored
 from lapkit.curvature.quantities.results import CurvatureSum, Result
 
 
@@ -253,6 +253,7 @@ class GGNDense(Quantity):
         super().__init__(parameters, columns=columns)
         check_matrix_fits(parameters)
         self.total: Tensor | None = None
+        self.own: OwnBlocks = {}
         self.jacobians: dict[str, LayerJacobian] = {}
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
@@ -266,13 +267,15 @@ class GGNDense(Quantity):
             self.total = like.new_zeros(size, size)
         starts = accumulate((0, *self.parameters.sizes))
         places = zip(self.parameters.names, starts, strict=False)
-        add_blocks(self.total, [(start, self.jacobians[n]) for n, start in places if n in self.jacobians])
+        add_blocks(self.total, [(start, self.jacobians[n]) for n, start in places if n in self.jacobians], self.own)
         self.jacobians = {}
 
     def result(self) -> DenseSum:
         """See `Quantity.result`."""
         size, like = self.parameters.numel, summable(self.parameters.tensors[0].detach())
-        total = like.new_zeros(size, size) if self.total is None else mirrored(self.total, self.parameters.sizes)
+        if self.total is None:
+            return DenseSum(self.shapes, {"matrix": like.new_zeros(size, size)}, self.count, self.about)
+        total = mirrored(self.total, self.parameters.sizes, self.own)
         return DenseSum(self.shapes, {"matrix": total}, self.count, self.about)
 
 

@@ -185,7 +185,12 @@ class Result(ABC):
         if rest["kind"] not in Result.kinds:
             raise ValueError(f"Unknown kind of result {rest['kind']!r}; known are {sorted(Result.kinds)}.")
         shapes = {name: tuple(shape) for name, shape in rest["shapes"]}
-        return Result.kinds[rest["kind"]](shapes, dict(tensors), rest["count"], rest["about"])
+        return Result.kinds[rest["kind"]].restored(shapes, tensors, rest)
+
+    @classmethod
+    def restored(cls, shapes: Shapes, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> Self:
+        """A result of this kind from its `state`."""
+        return cls(shapes, dict(tensors), rest["count"], rest["about"])
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it to a safetensors file.

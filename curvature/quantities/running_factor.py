@@ -11,6 +11,7 @@ import torch
 from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
+from lapkit.curvature.jacobians.conversion import converted
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, NetworkJacobian
 from lapkit.curvature.operators.low_rank import compressed, gram
 from lapkit.curvature.operators.operator import symmetric_eigh
@@ -28,6 +29,9 @@ class RunningFactor:
       eigenvectors of the Gram matrix of `[U, V]`, `U` the columns so far and `V = J^T`, give the new ones,
       `U c_1 + V c_2`, where `U^T V` is a projection and `V c_2` pulls k cotangents back.
     - A rank of half of the weights or more saves nothing, and the matrix is kept, too.
+
+    The matrix is summed in float64: an entry of H has the square of a column's range, and in float32 what small
+    columns say would be lost in the rounding of the large ones.
 
     Args:
         sizes: numbers of weights of the parameters, P together.
@@ -49,9 +53,9 @@ class RunningFactor:
         return sum(piece.shape[1] for piece in self.pieces)
 
     def numbers(self, added: int) -> int:
-        """How many numbers will be kept, at most, when so many columns have been added."""
+        """How many numbers of the columns' type will be kept, at most, when so many columns have been added."""
         if self._becomes_matrix(added):
-            return self.size**2
+            return self.size**2 * torch.float64.itemsize // self.like.dtype.itemsize
         return self.size * (self.held + (added if self.rank is None or self._keeps_all else min(added, self.rank)))
 
     def add(self, parts: Sequence[LayerJacobian]) -> None:
@@ -73,7 +77,7 @@ class RunningFactor:
     def columns(self) -> Tensor:
         """`V`, `(P, R)`: no more columns than weights, nor than the rank."""
         if self.matrix is not None:
-            return root(mirrored(self.matrix, self.sizes), self.rank)
+            return root(mirrored(self.matrix, self.sizes), self.rank).to(self.like)
         if self.rank is None or self.held <= self.rank:
             return self._columns()
         return compressed(self._columns(), self.rank)
@@ -107,7 +111,7 @@ class RunningFactor:
         jacobian = NetworkJacobian(tuple(parts))
         held, added = self.held, jacobian.shape[0] * jacobian.shape[1]
         if held + added >= self.size:
-            return root(mirrored(self._with(parts), self.sizes), rank)
+            return root(mirrored(self._with(parts), self.sizes), rank).to(self.like)
         old = self._columns()
         inner = old.new_empty(held + added, held + added, dtype=torch.float64)
         inner[:held, :held] = gram(old)
@@ -123,12 +127,12 @@ class RunningFactor:
         """The matrix with that of a Jacobian, which is expanded for as many examples as it takes itself."""
         total = self.matrix
         if total is None:
-            total = self.like.new_zeros(self.size, self.size)
+            total = self.like.new_zeros(self.size, self.size, dtype=torch.float64)
             for piece in self.pieces:
-                total.addmm_(piece, piece.T)
+                total.addmm_(piece.double(), piece.double().T)
         starts = list(accumulate((0, *self.sizes[:-1])))
         for some in _cut(parts, max(self.size // parts[0].shape[0], 1)):
-            add_blocks(total, list(zip(starts, some, strict=True)))
+            add_blocks(total, list(zip(starts, (converted(j, torch.float64) for j in some), strict=True)))
         return total
 
 
@@ -144,18 +148,20 @@ def root(matrix: Tensor, rank: int | None = None) -> Tensor:
     """Columns whose products are a positive semi-definite matrix, `(P, P)`, or the nearest matrix of lower rank.
 
     Eigenvectors are for those that select; all columns come from a Cholesky factor with pivots, for a twentieth of the
-    time and more. It stops where no pivot exceeds rounding, and is zero from there on.
+    time and more. It stops where no pivot exceeds rounding, and is zero from there on: rounding relative to the
+    diagonal of the same row, as weights with small curvature are no less determined than those with large.
     """
     if rank is not None:
         values, vectors = symmetric_eigh(matrix)
         return (vectors * values.sqrt()).flip(1)[:, :rank]
-    largest = float(matrix.diagonal().max())
-    if not math.isfinite(largest):
+    scale = matrix.diagonal().double().clamp_min(0).sqrt()
+    if not scale.isfinite().all():
         return matrix  # nothing to be found: a result refuses such numbers
-    tolerance = torch.finfo(matrix.dtype).eps * largest
-    lower, order, pivots, _ = dpstrf(matrix.double().cpu().numpy(), lower=1, tol=tolerance)
+    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
+    scaled = inverse[:, None] * matrix.double() * inverse
+    lower, order, pivots, _ = dpstrf(scaled.cpu().numpy(), lower=1, tol=torch.finfo(matrix.dtype).eps)
     columns = torch.from_numpy(lower).tril()
     columns[:, pivots:] = 0
     out = torch.empty_like(columns)
     out[torch.from_numpy(order).long() - 1] = columns
-    return out.to(matrix)
+    return (scale[:, None] * out.to(scale)).to(matrix)

@@ -61,13 +61,14 @@ class SqrtGGN(Quantity):
     """The columns `V` of the GGN, `v_{kn} = J_n^T s_{kn}`, with `H = V V^T`, summed over examples and not averaged.
 
     All of them take `K N P` numbers for N examples in all, but never more than `P^2`: beyond as many columns as weights
-    the matrix is summed instead, without loss.
+    the matrix is summed instead, in float64 and without loss.
 
     With a rank k they take `P k` numbers, `2 P k` while a batch is added, and no batch of more than k columns is ever
-    expanded. A single batch leaves the best matrix of that rank. Several leave a matrix below H, `H - V V^T` being
-    positive semi-definite with the trace that was dropped (`LowRankSum.dropped`): no eigenvalue, and no quadratic form
-    of a unit vector, is off by more than that. What is kept depends on the order of the data as soon as something is
-    dropped.
+    expanded. A single batch that is added at once leaves the best matrix of that rank. Several batches, or the parts
+    into which a large one is cut where its inner products would exceed the memory limit, leave a matrix below H,
+    `H - V V^T` being positive semi-definite with the trace that was dropped (`LowRankSum.dropped`): no eigenvalue, and
+    no quadratic form of a unit vector, is off by more than that. What is kept depends on the order of the data as soon
+    as something is dropped.
 
     Args:
         parameters: the weights.

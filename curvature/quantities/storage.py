@@ -16,8 +16,10 @@ from torch import Tensor
 FORMAT = "lapkit.curvature.result/1"
 
 
-def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-    """Tensors, which may share memory here but not in the file, and a header of plain values.
+def write(
+    path: str | PathLike[str], tensors: Mapping[str, Tensor], rest: Mapping[str, Any], what: str = FORMAT
+) -> None:
+    """Tensors, which may share memory here but not in the file, and a header of plain values, under a format's name.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -26,13 +28,16 @@ def write(path: str | PathLike[str], tensors: Mapping[str, Tensor], rest: Mappin
     if not folder.is_dir():
         raise FileNotFoundError(f"Cannot save to {path}: there is no folder {str(folder)!r}. Make it first.")
     alone = {key: t.detach().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    save_file(alone, str(path), metadata={"format": FORMAT, "header": json.dumps(rest)})
+    save_file(alone, str(path), metadata={"format": what, "header": json.dumps(rest)})
 
 
-def read(path: str | PathLike[str], device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` has written.
+def read(
+    path: str | PathLike[str], device: torch.device | str = "cpu", what: str = FORMAT
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write` has written under this format's name.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         ValueError: if the file is no safetensors file, or not written by lapkit.
     """
     try:
@@ -41,9 +46,8 @@ def read(path: str | PathLike[str], device: torch.device | str = "cpu") -> tuple
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file ({error}).") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != what:
         raise ValueError(
-            f"{path} was not written by lapkit's results: its format is {metadata.get('format')!r}, "
-            f"expected {FORMAT!r}."
+            f"{path} was not written by lapkit's results: its format is {metadata.get('format')!r}, expected {what!r}."
         )
     return tensors, json.loads(metadata["header"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lapkit.curvature.capture.backprop import Backprop
 from lapkit.curvature.capture.engine import Engine
@@ -23,7 +24,7 @@ from lapkit.curvature.spectra import solutions
 from lapkit.curvature.spectra.damping import Damping
 from lapkit.curvature.spectra.decomposition import Block, Decomposition
 from lapkit.curvature.spectra.factors import Factors, Loss, part_of
-from lapkit.curvature.spectra.gram import gram_sums
+from lapkit.curvature.spectra.gram import inner_sums
 from lapkit.curvature.spectra.network import Examples, Network
 from lapkit.curvature.spectra.selection import Groups, Which, chosen, partition
 from lapkit.curvature.spectra.spectrum import Spectrum
@@ -48,6 +49,13 @@ class ViViT(Mapping[str, Spectrum]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.spectra)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        where = f" Those of the only group are analysis.spectrum.{name}, of several analysis[label].{name}."
+        raise AttributeError(
+            f"A ViViT, with a spectrum for each group of weights, has no attribute {name!r}."
+            f"{where if name in dir(Spectrum) else ''}"
+        )
 
     def __len__(self) -> int:
         return len(self.spectra)
@@ -148,8 +156,9 @@ def vivit(
     With the columns `s_kn` of the likelihood's Hessian, `V = N_c^{-1/2} (J_n^T s_kn)` has `K N_c` columns and
     `G = V V^T` is the MEAN curvature of the `N_c` examples with curvature; `G` and `V^T V`, `(K N_c, K N_c)`, have
     the same non-zero eigenvalues. `V^T V` is summed layer by layer, each layer's Jacobian is discarded at once and V is
-    not formed. Gradients, of all examples, go back beside the columns. The loss is the likelihood's, free of
-    dispersion; the mean divides by the number of examples, also where they have weights.
+    not formed, unless a group has less than half as many weights as V has columns: then G itself is. Gradients, of all
+    examples, go back beside the columns. The loss is the likelihood's, free of dispersion; the mean divides by the
+    number of examples, also where they have weights.
 
     Args:
         model: the network; it is run in eval mode and given back as it was.
@@ -163,7 +172,8 @@ def vivit(
         groups: blocks of weights with a spectrum each: "parameters", "modules", or lists of names of parameters or
             modules, in a list or by labels in a mapping; all weights together by default.
         threshold: eigenvalues below it are left out (the experiments with ViViT take 1e-4); by default those that
-            rounding may have made of zeros, less than `K N_c eps` times the largest.
+            rounding may have made of zeros, less than `4 eps` times the largest (and `sqrt(K N_c) eps` of double
+            precision). `Spectrum.left_out` counts them; a model in float64 keeps the small ones.
         gradients: whether to send loss gradients back; without them there are eigenpairs and curvatures only.
         forward_fn: `forward_fn(model, inputs)` to be called instead of the model.
         output_axis: the axis of classes or channels in the outputs.
@@ -174,7 +184,8 @@ def vivit(
         A spectrum for each group.
 
     Raises:
-        TypeError: if the likelihood is none, or examples or groups are given in another form.
+        TypeError: if the likelihood is none, the data is more than a batch, or examples or groups are given in another
+            form.
         ValueError: if the threshold is negative, examples or groups do not exist, groups are empty or overlap, the
             Gram matrices do not fit into memory, or the engine or the likelihood refuses the batch.
 
@@ -194,15 +205,16 @@ def vivit(
         Dangel, Tatzel and Hennig, ViViT: curvature access through the generalized Gauss-Newton's low-rank structure,
         2022.
     """
+    selected = Parameters.selected(model, parameters)
+    selected.check_finite()
     if not isinstance(likelihood, Likelihood):
         raise TypeError(
             f"Expected a likelihood such as lapkit.curvature.Categorical() or Gaussian(), got {likelihood!r}. A loss "
             "of your own becomes one by lapkit.curvature.FromLogProb."
         )
+    _check_one_batch(data)
     if threshold is not None and not threshold >= 0:
         raise ValueError(f"The threshold for eigenvalues is not negative, got {threshold}.")
-    selected = Parameters.selected(model, parameters)
-    selected.check_finite()
     blocks = partition(selected, groups)
     with borrowed(model, selected):
         engine = Engine(model, selected, memory_budget=memory_budget, forward_fn=forward_fn, output_axis=output_axis)
@@ -211,13 +223,32 @@ def vivit(
         factors, backprop = _factors(
             network, likelihood, data, wanted, curvature_examples, generator, groups=len(blocks), gradients=gradients
         )
-        sums = gram_sums(factors, backprop, blocks)
+        sums = inner_sums(factors, backprop, blocks)
         with torch.no_grad():
             found = {
                 label: Block(label, group, Decomposition.of(sums.pop(label), len(factors.index), threshold))
                 for label, group in blocks.items()
             }
     return ViViT({label: Spectrum(block, factors) for label, block in found.items()}, selected, factors)
+
+
+def _check_one_batch(data: Any) -> None:
+    """Refuse a data loader, a data set, or batches in a list.
+
+    Raises:
+        TypeError: if it is one of these.
+    """
+    several = isinstance(data, (tuple, list)) and all(_is_batch(part) for part in data)
+    if several or isinstance(data, (Dataset, DataLoader, Iterator)):
+        raise TypeError(
+            f"vivit takes ONE batch (inputs, targets), got {'a list' if several else 'a ' + type(data).__name__} of "
+            "batches or examples. Take the first one: next(iter(loader)), or batches[0]. The curvature of all the data "
+            "has GGNProduct and largest_eigenpairs."
+        )
+
+
+def _is_batch(part: Any) -> bool:
+    return isinstance(part, (tuple, list)) and len(part) in (2, 3) and isinstance(part[1], Tensor) and part[1].ndim > 0
 
 
 def _factors(

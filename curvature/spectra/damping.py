@@ -74,12 +74,23 @@ def resolved(damping: Damping, directions: Directions) -> Tensor:
         Positive numbers; an infinite one leaves its direction out.
 
     Raises:
+        TypeError: if it is none of these, or the function returns nothing.
         ValueError: if one is not positive, or their number is another.
     """
-    values = torch.as_tensor(damping(directions) if callable(damping) else damping).to(directions.eigenvalues)
-    if values.ndim and values.shape != directions.eigenvalues.shape:
+    given = damping
+    if callable(damping) and not isinstance(damping, type):
+        given = damping(directions)
+    if isinstance(given, (str, type)) or given is None:
+        raise TypeError(
+            f"Expected damping that is a positive number, one for each direction, or a function of Directions that "
+            f"returns them, such as NoiseAwareDamping(1e-3); got {given!r}"
+            f"{' from the function' if given is not damping else ''}."
+        )
+    like = directions.eigenvalues
+    values = torch.as_tensor(given, dtype=like.dtype, device=like.device)
+    if values.ndim and values.shape != like.shape:
         raise ValueError(
-            f"Expected one damping, or {len(directions)} for as many directions; got {tuple(values.shape)}."
+            f"Expected one damping, or {len(directions)} for as many directions; got shape {tuple(values.shape)}."
         )
     if not (values > 0).all():
         raise ValueError(f"Damping must be positive, got {values.tolist()}.")

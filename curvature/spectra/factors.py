@@ -103,7 +103,8 @@ def _check_fits(columns: int, examples: int, groups: int, f: Tensor) -> None:
     Raises:
         ValueError: if the Gram matrices would take more than there is.
     """
-    needed = (groups + 1) * (columns * examples) ** 2 * f.element_size()
+    # One is taken at a time to be decomposed in double precision: itself and its eigenvectors.
+    needed = (columns * examples) ** 2 * ((groups + 1) * f.element_size() + 16)
     if needed > 4 * default_budget(f.device):
         raise ValueError(
             f"The Gram matrices of {columns} columns and {examples} examples, for {groups} groups of weights, would "

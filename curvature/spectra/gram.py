@@ -13,7 +13,7 @@ from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
 from lapkit.curvature.parameters import Parameters
 from lapkit.curvature.spectra.factors import Factors
 from lapkit.curvature.spectra.layers import Layers, inner_products
-from lapkit.curvature.spectra.sections import deliver
+from lapkit.curvature.spectra.sections import deliver, restricted
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +27,61 @@ class GramSum:
 
     matrix: Tensor
     gradients: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenOut:
+    """V itself, where a group has so few weights that it is smaller than its Gram matrix.
+
+    Args:
+        columns: `V^T`, `(K N_c, P)`.
+        gradients: `g_n`, `(N, P)`, or None.
+    """
+
+    columns: Tensor
+    gradients: Tensor | None
+
+
+def inner_sums(
+    factors: Factors, backprop: Backprop, groups: Mapping[str, Parameters]
+) -> dict[str, GramSum | WrittenOut]:
+    """What each group's eigenpairs are made of: the Gram matrix, or V where there are less than half as many weights.
+
+    Args:
+        factors: what is sent back; the model is borrowed.
+        backprop: the pass of all examples.
+        groups: each parameter in one.
+
+    Returns:
+        The sums by label.
+    """
+    few = {label: g for label, g in groups.items() if 2 * g.numel < len(factors.columns) * len(factors.index)}
+    many = {label: group for label, group in groups.items() if label not in few}
+    found: dict[str, GramSum | WrittenOut] = {}
+    if few:
+        part = factors.network.backprop(factors.part) if factors.separate else backprop
+        for label, group in few.items():
+            columns = _rows(part, factors.in_part(factors.columns), group)[:, factors.places].flatten(0, 1)
+            residuals = factors.residuals
+            found[label] = WrittenOut(
+                columns, None if residuals is None else _rows(backprop, residuals[None], group)[0]
+            )
+    if many:
+        names = {name for group in many.values() for name in group.names}
+        found |= gram_sums(factors, restricted(backprop, names) if few else backprop, many)
+    return {label: found[label] for label in groups}
+
+
+def _rows(backprop: Backprop, columns: Tensor, group: Parameters) -> Tensor:
+    """What columns `(K, N, *, C)` become in the space of a group's weights, `(K, N, P)`."""
+    rows = summable(columns).new_zeros(*columns.shape[:2], group.numel)
+    of = dict(zip(group.names, rows.split(list(group.sizes), dim=2), strict=True))
+
+    def write(name: str, jacobian: LayerJacobian) -> None:
+        of[name].copy_(jacobian.to_dense())
+
+    deliver(restricted(backprop, group.names), columns, write)
+    return rows
 
 
 def gram_sums(factors: Factors, backprop: Backprop, groups: Mapping[str, Parameters]) -> dict[str, GramSum]:

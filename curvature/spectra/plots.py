@@ -54,6 +54,7 @@ def plot_spectrum(spectra: Spectra, ax: Axes | None = None, *, bins: int | None 
         The axes, for titles and the like.
 
     Raises:
+        TypeError: if several are given without names, or something else.
         ValueError: if there is no positive eigenvalue.
     """
     several = spectra if isinstance(spectra, Mapping) else {"": spectra}
@@ -126,8 +127,14 @@ def plot_snr(
         The axes, for titles and the like.
 
     Raises:
+        TypeError: if these are no ratios in a tensor.
         ValueError: if there is not one row for each step.
     """
+    if not isinstance(snr, Tensor):
+        raise TypeError(
+            f"Expected ratios (S, K), one row for each of S steps, got a {type(snr).__name__}. Directions give one "
+            "row: torch.stack([d.gradient_snr() for d in directions_of_each_step])."
+        )
     if snr.ndim != 2 or len(snr) != len(steps) or not snr.numel():
         raise ValueError(f"Expected ratios ({len(steps)}, K), one row for each step, got shape {tuple(snr.shape)}.")
     ax = new_axes() if ax is None else ax
@@ -142,8 +149,18 @@ def plot_snr(
 
 
 def _positive(found: HasEigenvalues | Tensor) -> Tensor:
-    """Eigenvalues that a logarithmic scale has, in descending order."""
-    values = (found if isinstance(found, Tensor) else found.eigenvalues).detach().cpu().double()
+    """Eigenvalues that a logarithmic scale has, in descending order.
+
+    Raises:
+        TypeError: if there are none.
+    """
+    given = found if isinstance(found, Tensor) else getattr(found, "eigenvalues", None)
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"Expected a spectrum, a tensor of eigenvalues, or several of them by name, as in {{'exact': a, 'mc': b}}; "
+            f"got a {type(found).__name__}."
+        )
+    values = given.detach().cpu().double()
     return values[values > 0].sort(descending=True).values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def chosen(which: Which, count: int, what: str) -> Tensor:
     """Indices that a user gives as a number of leading ones, a slice, or themselves.
 
     Args:
-        which: a number k, meaning the first k, a slice, a list or tensor of indices, or None for all.
+        which: a number k of any integer type, meaning the first k, a slice, a list or tensor of indices, or None for
+            all.
         count: how many there are.
         what: of what, for errors.
 
@@ -37,6 +39,7 @@ def chosen(which: Which, count: int, what: str) -> Tensor:
         return everything
     if isinstance(which, bool):
         raise TypeError(f"Expected a number of {what}, a slice or indices, got {which}.")
+    which = _number(which)
     if isinstance(which, int):
         if not 1 <= which <= count:
             raise ValueError(f"Asked for {which} {what}; there are {count}. Ask for 1 to {count}, or None for all.")
@@ -47,6 +50,16 @@ def chosen(which: Which, count: int, what: str) -> Tensor:
     if int(indices.min()) < 0 or int(indices.max()) >= count:
         raise ValueError(f"There are {count} {what}, numbered 0 to {count - 1}; asked for {indices.tolist()}.")
     return indices
+
+
+def _number(which: Any) -> Any:
+    """An integer of numpy, or in a tensor without axes, as one of Python; anything else as it is."""
+    if isinstance(which, Tensor) and (which.ndim or which.is_floating_point() or which.dtype == torch.bool):
+        return which
+    try:
+        return index(which)
+    except TypeError:
+        return which
 
 
 def _indices(which: Any, what: str) -> Tensor:

@@ -33,6 +33,20 @@ def as_columns(size: int, dtype: torch.dtype, vectors: Tensor) -> Tensor:
     return vectors.detach().reshape(len(vectors), -1)
 
 
+def _check_any(blocks: Sequence[Block]) -> None:
+    """Refuse to give zeros where everything was left out.
+
+    Raises:
+        ValueError: if no eigenvalue of any block is above the threshold.
+    """
+    if not any(len(block.decomposition.eigenvalues) for block in blocks):
+        threshold, trace = blocks[0].decomposition.threshold, sum(float(b.decomposition.trace) for b in blocks)
+        raise ValueError(
+            f"No eigenvalue is above the threshold of {threshold:.3g}, so that this would be zero; the curvature has "
+            f"the trace {trace:.3g}. Call vivit with a smaller threshold=, or ask for a step with complement=."
+        )
+
+
 def mean_gradients(factors: Factors, blocks: Sequence[Block]) -> list[Tensor]:
     """`g = mean_n g_n`, `(P,)` for each block.
 
@@ -54,12 +68,16 @@ def newton_steps(
     """`-sum_k gamma_k / (lambda_k + delta_k) e_k`, and `-g_rest / delta` where the rest is wanted, `(P,)` each.
 
     Raises:
-        ValueError: if damping is not positive, or there are no such eigenvalues or no gradients.
+        TypeError: if damping is none.
+        ValueError: if damping is not positive, or there are no such eigenvalues or no gradients, or no eigenvalue at
+            all is above the threshold and the rest is not wanted.
         RuntimeError: if the model has changed.
 
     Reference:
         Dangel et al., ViViT, 2022, equation (S.10).
     """
+    if complement is None:
+        _check_any(blocks)
     count, combinations = len(factors.batch), []
     for block in blocks:
         directions = block.directions(which)
@@ -106,7 +124,13 @@ def inverse_products(
 def pseudo_inverse_products(
     factors: Factors, blocks: Sequence[Block], vectors: Sequence[Tensor], which: Which
 ) -> list[Tensor]:
-    """`sum_k e_k e_k^T v / lambda_k`."""
+    """`sum_k e_k e_k^T v / lambda_k`.
+
+    Raises:
+        ValueError: if no eigenvalue is above the threshold, or there are none such as asked for.
+        RuntimeError: if the model has changed.
+    """
+    _check_any(blocks)
     combinations = []
     for block, found in zip(blocks, coordinates(factors, blocks, vectors, which), strict=True):
         values = block.decomposition.eigenvalues[block.chosen(which), None]

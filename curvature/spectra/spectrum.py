@@ -49,9 +49,12 @@ class Spectrum(MatrixFree):
     factors: Factors = field(repr=False)
 
     def __repr__(self) -> str:
-        """Name, size and the ends of the spectrum."""
+        """Name, size, the ends of the spectrum and what is missing from it."""
         ends = [f"{float(v):.4g}" for v in self.eigenvalues[[0, -1]]] if self.rank else ["none", "none"]
-        return f"Spectrum({self.label!r}, {self.size} weights, {self.rank} eigenvalues from {ends[0]} to {ends[1]})"
+        missing = self.trace_left_out > torch.finfo(self.dtype).eps
+        left = f"; {self.left_out} with {self.trace_left_out:.2g} of the trace left out" if missing else ""
+        start = f"Spectrum({self.label!r}, {self.size} weights, {self.rank} eigenvalues"
+        return f"{start} from {ends[0]} to {ends[1]}{left})"
 
     @property
     def label(self) -> str:
@@ -77,6 +80,17 @@ class Spectrum(MatrixFree):
     def gram_trace(self) -> Tensor:
         """The trace of G, of eigenvalues below the threshold too."""
         return self.block.decomposition.trace
+
+    @property
+    def left_out(self) -> int:
+        """How many of the `min(P, K N_c)` eigenvalues that need not be zero are below the threshold; zeros, too."""
+        return min(self.size, self.block.decomposition.size) - self.rank
+
+    @property
+    def trace_left_out(self) -> float:
+        """The share of the trace that they have, between 0 and 1."""
+        total = float(self.gram_trace)
+        return max(0.0, 1 - float(self.eigenvalues.double().sum()) / total) if total > 0 else 0.0
 
     @property
     def size(self) -> int:
@@ -166,8 +180,11 @@ class Spectrum(MatrixFree):
     def newton_step(self, damping: Damping, which: Which = None, *, complement: float | None = None) -> Tensor:
         """`-sum_k gamma_k / (lambda_k + delta_k) e_k - g_rest / delta`, with one backward pass.
 
-        g_rest is what the chosen eigenvectors leave of the mean gradient g. It is left out by default, as in ViViT; for
-        all eigenvectors of the exact GGN of the same examples it is zero but for rounding.
+        g_rest is what the chosen eigenvectors leave of the mean gradient g. It is left out by default, as in ViViT. For
+        all eigenvectors of the exact GGN of the same examples it is zero but for rounding in double precision only: in
+        single precision the default threshold takes away small eigenvalues (`left_out`, `trace_left_out`) and what the
+        gradient has along them, which matters where damping is not far above the threshold. `complement=damping` puts
+        that back; a model in float64 has them all.
 
         Args:
             damping: one number, one for each direction, or a function of `Directions` that gives them, such as
@@ -179,7 +196,9 @@ class Spectrum(MatrixFree):
             What is to be added to the weights, `(P,)`.
 
         Raises:
-            ValueError: if damping is not positive, or there are no such eigenvalues or no gradients.
+            TypeError: if damping is none.
+            ValueError: if damping is not positive, or there are no such eigenvalues or no gradients, or no eigenvalue
+                at all is above the threshold and the rest is not wanted.
             RuntimeError: if the model has changed.
 
         Reference:
@@ -203,7 +222,7 @@ class Spectrum(MatrixFree):
         """`sum_k e_k e_k^T v / lambda_k` of one vector `(P,)` or several `(P, R)`.
 
         Raises:
-            ValueError: if the shape does not fit, or there are no such eigenvalues.
+            ValueError: if the shape does not fit, or there are no such eigenvalues, or none above the threshold.
             TypeError: if the vectors are of another type.
             RuntimeError: if the model has changed.
         """

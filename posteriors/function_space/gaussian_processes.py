@@ -6,11 +6,11 @@ INSTALL = "Gaussian processes need gpytorch 1.15.2 or newer. Install it with: pi
 
 try:
     import gpytorch
-    from gpytorch.models.exact_prediction_strategies import prediction_strategy
+    from gpytorch.models.exact_prediction_strategies import DefaultPredictionStrategy
 except ImportError as error:
     raise ImportError(INSTALL) from error
 
 if "_get_test_prior_mean_and_covariances" not in vars(gpytorch.models.ExactGP):  # what LaplaceGP puts its own in for
     raise ImportError(f"{INSTALL} (found {gpytorch.__version__}).")
 
-__all__ = ["gpytorch", "prediction_strategy"]
+__all__ = ["DefaultPredictionStrategy", "gpytorch"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,13 +12,12 @@ from linear_operator import to_linear_operator
 from linear_operator.operators import LinearOperator
 from torch import Size, Tensor
 
-from lapkit.posteriors.function_space.gaussian_processes import gpytorch, prediction_strategy
+from lapkit.posteriors.function_space.gaussian_processes import gpytorch
 from lapkit.posteriors.function_space.joint import JointPosterior
 from lapkit.posteriors.function_space.kernel import TangentKernel
 from lapkit.posteriors.function_space.noise import AtTheMode, WhitenedNoise
 from lapkit.posteriors.function_space.rows import TangentRows
-
-LOST = 1e-11  # of a variance: five digits are left of the sixteen of double precision
+from lapkit.posteriors.function_space.strategy import ObservedStrategy
 
 
 class ObservedProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorch has no types
@@ -35,7 +33,7 @@ class ObservedProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorc
         iterative: leave the choice of solvers to gpytorch's settings; Cholesky by default.
     """
 
-    prediction_strategy: Any
+    prediction_strategy: ObservedStrategy | None
 
     def __init__(
         self, kernel: TangentKernel, observations: TangentRows, noise: WhitenedNoise, *, iterative: bool = False
@@ -55,6 +53,8 @@ class ObservedProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorc
     def __call__(self, *args: Tensor, **kwargs: Any) -> gpytorch.distributions.MultivariateNormal:
         """The posterior at inputs `(*, q, D)`; in training mode, given `train_inputs`, the observations' prior."""
         with self.solvers():
+            if not self.training and gpytorch.settings.prior_mode.off():
+                self.strategy()  # otherwise gpytorch makes one of its own
             return super().__call__(*args, **kwargs)
 
     def forward(self, x: Tensor) -> gpytorch.distributions.MultivariateNormal:
@@ -88,11 +88,11 @@ class ObservedProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorc
         gram = self.observations.gram(self.covar_module.variance)
         return gpytorch.distributions.MultivariateNormal(self.train_targets, to_linear_operator(gram))
 
-    def strategy(self) -> Any:
-        """The prediction strategy of gpytorch, with its caches, for the present hyper-parameters."""
+    def strategy(self) -> ObservedStrategy:
+        """The prediction strategy, with its caches, for the present hyper-parameters."""
         if self.prediction_strategy is None:
-            self.prediction_strategy = prediction_strategy(
-                list(self.train_inputs), self.whitened(), self.train_targets, self.likelihood
+            self.prediction_strategy = ObservedStrategy(
+                list(self.train_inputs), self.whitened(), self.train_targets, self.likelihood, iterative=self.iterative
             )
         return self.prediction_strategy
 
@@ -158,18 +158,3 @@ class ObservedProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorc
         if not isinstance(x, Tensor) or x.ndim < 2:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"Expected inputs (..., q, D), examples as vectors, got {got}.")
-
-
-def check_digits(before: Tensor, after: Tensor) -> None:
-    """Warn where a variance before the data is so much larger than after them that its rounding shows.
-
-    Args:
-        before: variances before the data.
-        after: after them.
-    """
-    if (after < LOST * before).any():
-        warnings.warn(
-            f"A posterior variance is less than {LOST:g} of the prior's, of which few digits are left in function "
-            "space. Raise the prior precision, or use a weight-space posterior.",
-            stacklevel=4,
-        )

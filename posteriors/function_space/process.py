@@ -17,7 +17,7 @@ from lapkit.curvature.memory import chunk_length
 from lapkit.posteriors.function_space.joint import JointPosterior
 from lapkit.posteriors.function_space.kernel import TangentKernel
 from lapkit.posteriors.function_space.noise import WhitenedNoise, target_noise
-from lapkit.posteriors.function_space.observed import ObservedProcess, check_digits
+from lapkit.posteriors.function_space.observed import ObservedProcess
 from lapkit.posteriors.function_space.rows import TangentRows
 from lapkit.posteriors.function_space.tangents import Tangents
 from lapkit.posteriors.functions import FunctionDistribution
@@ -196,18 +196,18 @@ class LaplaceGP(ObservedProcess):
             mean, own, cross = self.prior_at(outputs, rows, batch)
             mean, covariance = self.strategy().exact_prediction(mean, own, cross)
         covariance = covariance.to_dense()
-        check_digits(*(m.diagonal(dim1=-2, dim2=-1) for m in (own.to_dense(), covariance)))
         mean = mean.unflatten(-1, (-1, outputs[0].numel()))
         return JointPosterior(mean, (covariance + covariance.mT) / 2)
 
     def _blocks(self, rows: TangentRows) -> Tensor:
         """The covariance of each example's outputs, `(N, K, K)`."""
         with self.solvers():
-            root = self.strategy().covar_cache
-        before = rows.blocks(self.variance)
-        half = (rows.inner_products(self.observations, self.variance) @ root).unflatten(0, before.shape[:2])
-        after = before - half @ half.mT
-        check_digits(*(m.diagonal(dim1=1, dim2=2) for m in (before, after)))
+            strategy = self.strategy()
+            before = rows.blocks(self.variance)
+            cross = rows.inner_products(self.observations, self.variance)
+            half = strategy.half(cross).unflatten(0, before.shape[:2])
+            after = before - half @ half.mT
+            strategy.check_digits(half, after.diagonal(dim1=1, dim2=2))
         return (after + after.mT) / 2
 
 

@@ -253,10 +253,13 @@ def test_too_much_is_refused():
         FactoredGGN(Parameters.of(model), memory_limit=0)
 
 
-def test_it_is_not_written_to_files(tmp_path):
+def test_it_is_written_to_files_as_it_is(tmp_path):
     (result,) = run(nn.Linear(3, 3), data_of(torch.randn(4, 3), 3, 4), FactoredGGN)
-    with pytest.raises(ValueError, match=r"not written to files.*SqrtGGN"):
-        result.save(tmp_path / "result")
+    result.save(tmp_path / "result")
+    found = FactoredSum.load(tmp_path / "result")
+    assert torch.equal(found.operator().to_dense(), result.operator().to_dense())
+    assert torch.equal((found + result).operator().to_dense(), (result + result).operator().to_dense())
+    assert (found.count, found.about, found.operator().nbytes) == (4, result.about, result.operator().nbytes)
     moved = result.to("cpu", torch.float32)
     assert isinstance(moved, FactoredSum)
     assert moved.operator().dtype == torch.float32

@@ -11,6 +11,7 @@ from lapkit.curvature import (
     GGN,
     Categorical,
     EmpiricalFisher,
+    Gaussian,
     GGNBlocks,
     GGNDense,
     GGNKronecker,
@@ -21,6 +22,7 @@ from lapkit.curvature import (
     ekfac,
 )
 from lapkit.curvature.quantities import cross
+from lapkit.curvature.quantities.running_factor import root
 
 
 def close(actual, expected):
@@ -184,3 +186,61 @@ def test_the_full_matrix_from_pairs_of_layers(network, columns, budget, monkeypa
     likelihood, y, _ = likelihood_for(model, x)
     pairs, whole = fit(model, [(x, y)], GGNDense, SqrtGGN, columns=columns, likelihood=likelihood)
     close(pairs.operator().to_dense(), whole.operator().to_dense())
+
+
+# -- unequal scales, single precision
+
+
+SCALES = torch.tensor([1e4, 1.0, 1e-3], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [7, 60])
+def test_small_curvature_is_kept_beside_large(dtype, batch):
+    """Entry by entry relative to the diagonal, when there are more columns than weights: by batches, and added up."""
+    scales = SCALES if dtype == torch.float32 else SCALES.square()
+    x = torch.randn(60, 3) * scales
+    model = nn.Linear(3, 2).to(dtype)
+    with torch.no_grad():
+        model.weight.mul_(1e-9)
+    data = [(part.to(dtype), torch.zeros(len(part), 2, dtype=dtype)) for part in x.split(batch)]
+    (whole,) = fit(model, data, SqrtGGN, likelihood=Gaussian())
+    inputs = torch.cat([x.to(dtype).double(), torch.ones(60, 1)], dim=1)
+    expected = torch.block_diag(*[inputs.T @ inputs] * 2)
+    order = torch.tensor([0, 1, 2, 4, 5, 6, 3, 7])  # of (weight, bias)
+    expected = expected[order][:, order]
+    size = expected.diagonal().sqrt()
+    whitened = lambda columns: columns.double() @ columns.double().T / torch.outer(size, size)  # noqa: E731
+    wanted = expected / torch.outer(size, size)
+    for result, times in ((whole, 1), (whole + whole, 2)):
+        columns = result.operator().columns
+        assert columns.dtype == dtype
+        assert columns.shape == (8, 8)
+        torch.testing.assert_close(whitened(columns), times * wanted, rtol=0, atol=20 * torch.finfo(dtype).eps)
+
+
+def test_a_weight_without_curvature_has_no_column():
+    matrix = torch.diag(torch.tensor([1e8, 0.0, 1e-12]))
+    columns = root(matrix)
+    torch.testing.assert_close(columns @ columns.T, matrix, rtol=1e-14, atol=0)
+    assert not root(torch.zeros(2, 2)).any()
+
+
+def test_directions_that_float32_would_lose_are_summed_in_float64():
+    """Two inputs that differ by 1e-4 of their size: the curvature of their difference is 1e-9 of the largest."""
+    x = torch.randn(50, 1) + 1e-4 * torch.randn(50, 2)
+    model = nn.Linear(2, 1, bias=False).float()
+    data = [(x.float(), torch.zeros(50, 1).float())]
+    (result,) = fit(model, data, SqrtGGN, likelihood=Gaussian())
+    values = torch.linalg.svdvals(result.operator().columns.double())
+    expected = torch.linalg.svdvals(x.float().double())
+    torch.testing.assert_close(values, expected, rtol=1e-2, atol=0)
+
+
+def test_a_batch_that_is_cut_leaves_less_than_the_best_and_says_so():
+    model, x = nn.Linear(40, 3), torch.randn(100, 40)
+    data = [(x, torch.randint(3, (100,)))]
+    one, cut_up = (
+        fit(model, data, lambda p, limit=limit: SqrtGGN(p, rank=3, memory_limit=limit))[0] for limit in (None, 200_000)
+    )
+    assert one.dropped()["columns"] < cut_up.dropped()["columns"] < 1

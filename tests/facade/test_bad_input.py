@@ -39,7 +39,7 @@ def fitted(kind="classification", **options):
     [
         ({"likelihood": "softmax"}, "Unknown likelihood 'softmax'. Choose one of 'classification', 'regr"),
         ({"hessian_structure": "kfac"}, "Unknown hessian_structure 'kfac'. Choose one of 'diag', 'kron'"),
-        ({"subset_of_weights": "last"}, "Unknown subset_of_weights 'last'. Choose 'all', 'last_layer', or a list"),
+        ({"subset_of_weights": "last"}, "Unknown subset_of_weights 'last'. Choose 'all', 'last_layer', 'subn"),
         (
             {"subset_of_weights": ["5.weight"]},
             r"\['5.weight'\] name no trainable parameter.* Trainable are \['0.weight'",
@@ -127,14 +127,14 @@ def test_use_before_the_fit(use):
             lambda la, x: la(x, link_approx="logit"),
             "Unknown link_approx 'logit'. Choose one of 'probit', 'probit_centered', 'mean_field', 'bridge'",
         ),
-        ("classification", lambda la, x: la(x, pred_type="nn"), "Unknown pred_type 'nn'. Choose one of 'glm'"),
+        ("classification", lambda la, x: la(x, pred_type="gp"), "Unknown pred_type 'gp'. Choose one of 'glm'"),
         ("classification", lambda la, x: la(x, link_approx="mc", n_samples=0), "at least one sample, got n_samples=0"),
         ("classification", lambda la, x: la(x, joint=True), "joint predictive is defined for regression"),
         ("binary", lambda la, x: la(x, joint=True), "joint predictive is defined for regression"),
         (
             "classification",
-            lambda la, x: la.optimize_prior_precision("gridsearch"),
-            "Unknown method 'gridsearch'. Choose one of 'marglik'",
+            lambda la, x: la.optimize_prior_precision("cv"),
+            "Unknown method 'cv'. Choose one of 'marglik', 'gridsearch'",
         ),
         (
             "classification",
@@ -446,3 +446,29 @@ def test_targets_with_an_axis_too_many_are_understood():
     plain = Laplace(case.model, "classification").fit(case.data)
     column = Laplace(case.model, Categorical()).fit([(x, y[:, None].int()) for x, y in case.data])
     assert torch.equal(plain.log_marginal_likelihood(), column.log_marginal_likelihood())
+
+
+# -- where it is called
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("optimizer", ["lbfgs", "newton", "mackay"])
+def test_everything_works_without_gradients_being_recorded(context, optimizer):
+    model, x, y = nn.Linear(3, 2), torch.randn(20, 3), torch.arange(20) % 2
+    expected = Laplace(model, "classification", "all").fit([(x, y)]).optimize_prior_precision(optimizer=optimizer)
+    with context():
+        la = Laplace(model, "classification", "all").fit([(x, y)])
+        assert la.optimize_prior_precision(optimizer=optimizer).log_evidence == pytest.approx(expected.log_evidence)
+        assert la(x).shape == (20, 2)
+
+
+@pytest.mark.parametrize("structure", ["kron", "full", "lowrank"])
+def test_one_input_without_an_axis_for_examples(structure):
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    la = Laplace(model, "classification", "all", structure).fit([(x, y)])
+    for use in (la, la.functional_covariance, lambda x: la.functional_samples(x, joint=True)):
+        with pytest.raises(ValueError, match=r"fitted to 3. .* x\[None\]|examples influence each other"):
+            use(x[0])
+    assert "60 examples" in repr(la)
+    assert "not fitted" in repr(Laplace(model, "classification"))

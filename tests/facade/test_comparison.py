@@ -1,6 +1,7 @@
 """Ranking models by evidence, and mixtures of Laplace approximations."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 from lapkit import Laplace
-from lapkit.comparison import compare
+from lapkit.comparison import Comparison, Ranked, compare
 from lapkit.curvature import Gaussian, MonteCarloGGN
 from lapkit.ensemble import LaplaceMixture
+from lapkit.marglik import marglik_training
 from lapkit.posteriors import GaussianPrior
 from lapkit.training import train_map
 
@@ -134,3 +136,60 @@ def test_what_a_mixture_refuses(data):
         LaplaceMixture(members, "best")
     with pytest.raises(ValueError, match="not Gaussian"):
         LaplaceMixture(members)(torch.randn(1, 2), joint=True)
+
+
+def test_what_is_no_list_of_models(data):
+    la = classifier(data)
+    with pytest.raises(TypeError, match="in a list, or by name in a dict; got a Laplace"):
+        compare(la)
+    trained = marglik_training(la.model, data, "classification", hessian_structure="diag", n_epochs=1)
+    with pytest.raises(TypeError, match=r"MarglikTraining as 'r': give its \.laplace"):
+        compare({"r": trained})
+    for members in (la, {"a": la}):
+        with pytest.raises(TypeError, match=r"in a list, as in LaplaceMixture\(\[a, b\]\); got a"):
+            LaplaceMixture(members)
+
+
+def test_columns_of_the_table_stay_apart():
+    rows = tuple(Ranked(name, -v, -v, 12_345_678, 0.5) for name, v in (("a", 123456.78), ("b", 9876543.21)))
+    lines = str(Comparison(rows, ())).splitlines()
+    assert [len(line.split()) for line in lines] == [8, 7, 7]  # "log evidence" is two words
+    assert len({len(line) for line in lines}) == 1
+    assert lines[2].split()[1:4] == ["-9876543.21", "-9753086.43", "-9876543.21"]
+
+
+def test_columns_are_the_full_matrix_unless_their_rank_is_limited(data):
+    full = classifier(data)
+
+    def other(**options):
+        return Laplace(full.model, "classification", "all", "lowrank", **options).fit(data)
+
+    for exact in (other(), other(rank=60), other(space="functions"), other(space="weights")):
+        assert compare([full, exact]).remarks == ()
+        assert float(exact.log_marginal_likelihood()) == pytest.approx(float(full.log_marginal_likelihood()))
+    found = compare({"full": full, "cut": other(rank=2), "blocks": other(rank=1, per_parameter=True)})
+    assert "'cut', 'blocks' keep a limited rank" in found.remarks[0]
+    assert found.best.name != "full"  # the evidence errs high
+
+
+@pytest.mark.parametrize("kind", ["classification", "binary", "regression"])
+def test_uncertainty_of_a_mixture_adds_up_to_that_of_its_predictive(kind):
+    x, new, outputs = torch.randn(30, 2), torch.randn(4, 2), 1 if kind == "binary" else 3
+    y = {"classification": torch.arange(30) % 3, "binary": torch.rand(30, 1).round(), "regression": torch.randn(30, 3)}
+    members = [Laplace(nn.Linear(2, outputs), kind, "all", "full").fit([(x, y[kind])]) for _ in range(3)]
+    weights = torch.tensor([1.0, 2.0, 3.0]) / 6
+    found = LaplaceMixture(members, weights).uncertainty(new, generator=torch.Generator().manual_seed(0))
+    parts = [member.uncertainty(new) for member in members]
+    close = partial(torch.testing.assert_close, rtol=2e-3, atol=2e-3)
+    close(found.aleatoric, sum(w * part.aleatoric for w, part in zip(weights, parts, strict=True)))
+    if kind == "regression":
+        close(found.total, LaplaceMixture(members, weights).predictive_distribution(new).variance)
+        return
+    mixed = [member.predictive_distribution(new, "qmc", 4096) for member in members]
+    p = sum(w * (m.probs if kind == "classification" else m.mean) for w, m in zip(weights, mixed, strict=True))
+    entropy = (
+        torch.special.entr(p).sum(-1) if kind == "classification" else torch.special.entr(p) + torch.special.entr(1 - p)
+    )
+    close(found.total, entropy)
+    one = LaplaceMixture(members[:1]).uncertainty(new)
+    close(one.epistemic, parts[0].epistemic)

@@ -137,6 +137,13 @@ def test_wrong_settings_are_named(settings, words):
         LaplaceClassifier(**settings).fit(np.eye(4), [0, 1, 0, 1])
 
 
+def test_torchs_own_random_numbers_stay_where_they_were():
+    X, y = load_wine(return_X_y=True)
+    before = torch.get_rng_state()
+    LaplaceClassifier(random_state=0, max_iter=5, refits=0).fit(X, y)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 # -- MAP training
 
 

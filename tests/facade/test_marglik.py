@@ -37,7 +37,8 @@ def test_evidence_rises_and_noise_is_found(structure, prior):
     found = marglik_training(regressor(), loader(x, y), "regression", structure, prior_structure=prior, **SETTINGS)
     assert len(found.losses) == found.epochs == 60
     assert len(found.log_evidences) == 4
-    assert max(found.log_evidences) > found.log_evidences[0] - 1e-9
+    if (structure, prior) != ("diag", "scalar"):  # which is best for the constant function of the beginning
+        assert max(found.log_evidences[2:]) > found.log_evidences[0] + 5
     assert float(found.laplace.log_marginal_likelihood()) == pytest.approx(max(found.log_evidences), rel=1e-6)
     assert found.best_epoch == 20 + 10 * (1 + found.log_evidences.index(max(found.log_evidences)))
     if structure != "diag":  # which has hardly an evidence for any function but a constant one
@@ -67,6 +68,34 @@ def test_the_first_objective_is_the_negative_log_posterior():
     assert found.losses == [pytest.approx(float(expected.detach()), rel=1e-10)]
     assert torch.equal(torch.cat([p.detach().reshape(-1) for p in model.parameters()]), weights)
     assert float(found.laplace.sigma_noise) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["sizes", "weights"])
+def test_uneven_batches_count_by_what_they_weigh(weighted):
+    """The minimum of a linear regression, which small batches and light examples must not pull away from."""
+    x, noise = torch.randn(20, 3), torch.randn(20, 1)
+    y, weights = x @ torch.tensor([[1.0], [2.0], [-1.0]]) + noise, torch.ones(20)
+    parts = [slice(0, 19), slice(19, 20)]
+    if weighted:
+        parts, weights[10:] = [slice(0, 10), slice(10, 20)], 0.01
+    data = [(x[part], y[part], weights[part]) if weighted else (x[part], y[part]) for part in parts]
+    model = nn.Linear(3, 1, bias=False)
+    marglik_training(
+        model,
+        data,
+        "regression",
+        "full",
+        optimizer=torch.optim.SGD,
+        optimizer_options={"lr": 0.2},
+        scheduler=torch.optim.lr_scheduler.ExponentialLR,
+        scheduler_options={"gamma": 0.99},
+        n_epochs=600,
+        burn_in=599,
+        prior_precision=2.0,
+        tune_noise=False,
+    )
+    exact = torch.linalg.solve(x.T @ (weights[:, None] * x) + 2.0 * torch.eye(3), x.T @ (weights[:, None] * y))
+    torch.testing.assert_close(model.weight.T, exact, rtol=1e-3, atol=1e-3)
 
 
 def test_classification_stays_in_train_mode_while_it_trains():
@@ -145,6 +174,8 @@ def test_a_training_goes_on_where_it_was_interrupted(tmp_path):
     [
         ({"n_epochs": 0}, "at least 1"),
         ({"n_epochs": 5, "burn_in": 5}, "see no evidence"),
+        ({"n_data": -3}, "number of examples, got -3"),
+        ({"optimizer_options": {"weight_decay": 1e-2}}, "second prior"),
         ({"hessian_structure": "dense"}, "Unknown hessian_structure"),
         ({"optimizer_options": {"lr": 1e300}, "n_epochs": 3}, "learning rate|NaN or infinite|not finite"),
     ],
@@ -192,8 +223,9 @@ def test_two_classes_are_integrated_exactly():
 def test_uncertainty_is_split(fitted):
     x = torch.randn(6, 2)
     split = fitted.uncertainty(x, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(split.total, split.aleatoric + split.epistemic)
     samples = fitted.predictive_samples(x, 100_000, torch.Generator().manual_seed(1))
+    information = (samples * (samples / samples.mean(0)).log()).sum(-1).mean(0)
+    torch.testing.assert_close(split.epistemic, information, atol=5e-4, rtol=2e-2)
     entropy = lambda p: -(p * p.log()).sum(-1)  # noqa: E731
     torch.testing.assert_close(split.total, entropy(samples.mean(0)), atol=5e-3, rtol=0)
     torch.testing.assert_close(split.aleatoric, entropy(samples).mean(0), atol=5e-3, rtol=0)

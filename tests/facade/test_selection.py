@@ -236,7 +236,7 @@ def test_an_ordinary_search_warns_of_nothing():
 
 @pytest.mark.parametrize("kind", ["classification", "binary"])
 def test_there_is_no_noise_to_tune(kind):
-    with pytest.raises(ValueError, match="no observation noise to tune; only a Gaussian has"):
+    with pytest.raises(ValueError, match="no observation noise; only regression has"):
         fitted(kind, "diag").optimize_prior_precision(tune_noise=True)
 
 

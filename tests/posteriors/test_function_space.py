@@ -4,6 +4,7 @@ import copy
 import re
 
 import gpytorch
+import oracles
 import pytest
 import torch
 from dense_laplace import KINDS, NETS, problem, untouched
@@ -179,6 +180,24 @@ def test_lost_digits_are_told():
     for predict in (gp.functions, gp.joint):
         with pytest.warns(UserWarning, match="few digits"):
             predict(case.x[:2])
+
+
+@pytest.mark.parametrize(("prior", "error"), [(1e-2, 3e-6), (1e-4, 1e-4)])
+def test_digits_are_kept_where_the_observations_are_nearly_dependent(prior, error):
+    """A hundred points on a line, determined to 1e-10 of the prior; against the Jacobian's singular values."""
+    x = torch.linspace(-3, 3, 100)[:, None]
+    model = nn.Sequential(nn.Linear(1, 50), nn.Tanh(), nn.Linear(50, 1))
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    left, singular, _ = torch.linalg.svd(oracles.jacobian(model, x)[:, 0], full_matrices=False)
+    wanted = left.square() @ (singular.square() / (singular.square() / 0.01**2 + prior))
+    gp = laplace_gp(model, Gaussian(0.01), [(x, (2 * x).sin())], GaussianPrior(prior))
+    for found in (gp.functions(x).variance[:, 0], gp.joint(x).variance[:, 0], gp(x).variance):
+        torch.testing.assert_close(found.detach(), wanted, rtol=error, atol=0)
+    gp = laplace_gp(model, Gaussian(0.01), [(x, (2 * x).sin())], GaussianPrior(1e-6))
+    for predict in (gp.functions, gp.joint, gp):
+        with pytest.warns(UserWarning, match="few digits"):
+            predict(x)
 
 
 # -- gpytorch at work

@@ -127,6 +127,23 @@ def test_float32_agrees_with_float64():
         close(ours, wanted.aleatoric.float(), wanted.total.float(), rtol=0, atol=2e-5)
 
 
+def test_a_small_mutual_information_has_digits_in_float32():
+    mean, variance = torch.tensor([-2.0, 0.0, 1.0, 6.0]), torch.tensor([1e-4, 1e-6, 1e-3, 1e-5])
+    single = uncertainty_of_logit(mean.float(), variance.float())
+    wanted = uncertainty_of_logit(mean, variance)
+    assert single.epistemic.dtype == single.aleatoric.dtype == torch.float32
+    torch.testing.assert_close(single.epistemic.double(), wanted.epistemic, rtol=1e-5, atol=0)
+
+
+def test_total_is_curved_at_an_even_chance():
+    """`-1/4` without a variance: the second derivative of the entropy of a coin in its logit."""
+    mean = torch.zeros(1, requires_grad=True)
+    total = uncertainty_of_logit(mean, torch.zeros(1)).total.sum()
+    (slope,) = torch.autograd.grad(total, mean, create_graph=True)
+    assert slope == 0
+    assert torch.autograd.grad(slope, mean)[0] == -0.25
+
+
 def test_derivatives():
     f = random(2)
     root = torch.linalg.cholesky(f.covariance).requires_grad_()

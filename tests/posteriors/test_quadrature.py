@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from lapkit.curvature import Bernoulli
 from lapkit.posteriors import expected_entropy, expected_normal_cdf, expected_sigmoid
-from lapkit.posteriors.quadrature import NARROW, entropy_of_logit
+from lapkit.posteriors.quadrature import NARROW, entropy_of_logit, gauss_hermite
 
 MEANS = (-30.0, -3.0, 0.0, 0.7, 5.0)
 VARIANCES = (1e-9, 1e-7, 1e-3, 0.3, 0.999 * NARROW, NARROW, 1.5, 9.0, 25.0, 400.0)
@@ -43,12 +43,24 @@ def test_a_very_wide_gaussian_asks_for_its_sign(mean):
     assert float(both(expected_entropy, mean, variance)) == pytest.approx(density * math.pi**2 / 3, rel=1e-9)
 
 
-@pytest.mark.parametrize("variance", [4.0, 25.0, 100.0])
+@pytest.mark.parametrize("variance", [1.0, 4.0, 25.0, 100.0, 225.0, 400.0])
 def test_a_tail_keeps_its_digits(variance):
     """Where f is negative almost surely, `E[sigmoid(f)] = exp(m + v / 2) - exp(2 m + 2 v) + ...`: one term will do."""
     mean = -2 * variance - 45
     ours = both(expected_sigmoid, mean, variance)
-    assert float(ours.log()) == pytest.approx(mean + variance / 2, abs=1e-4 if variance > 25 else 1e-11)
+    assert float(ours.log()) == pytest.approx(mean + variance / 2, abs=1e-11)
+
+
+@pytest.mark.parametrize("mean", [-0.3, -0.49, -0.51, -0.8, -0.999, -1.0, -1.3, -2.0])  # in units of the variance
+@pytest.mark.parametrize("variance", [1.0, 9.0, 100.0, 400.0])
+def test_a_tail_agrees_with_a_dense_grid_around_its_own_mass(mean, variance):
+    """The integrand's, `sigmoid(f) N(f)`, whose logarithm is concave."""
+    start, width = mean * variance - 40 * variance**0.5, (1 - mean) * variance + 100 * variance**0.5 + 60
+    f = start + width * torch.linspace(0, 1, 400_001)
+    logs = torch.nn.functional.logsigmoid(f) - (f - mean * variance).square() / (2 * variance)
+    expected = torch.logsumexp(logs, 0) + math.log(width / 400_000 / math.sqrt(2 * math.pi * variance))
+    ours = both(expected_sigmoid, mean * variance, variance).log()
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-11)
 
 
 def test_without_variance_they_are_the_functions_themselves():
@@ -78,6 +90,29 @@ def test_derivatives(function):
     mean = torch.tensor([-2.0, 0.3, 1.0, 4.0, 0.5], requires_grad=True)
     variance = torch.tensor([0.2, 0.9, 1.1, 30.0, 4.0], requires_grad=True)
     assert gradcheck(function, (mean, variance))
+
+
+@pytest.mark.parametrize("variance", [0.0, 1e-9, 0.5, 1.0, 4.0, 400.0])
+def test_derivatives_at_an_even_chance(variance):
+    """At mean zero, where `p` turns into `1 - p`: `p' = E[s(1 - s)]`, `p'' = 0`, `E[h]' = 0`, `E[h]'' = -E[...]`."""
+    mean, v = torch.zeros(1, requires_grad=True), torch.full((1,), variance)
+    density = lambda f: f.sigmoid() * (-f).sigmoid()  # noqa: E731
+    bent = lambda f: -density(f) * (1 + f * (1 - 2 * f.sigmoid()))  # noqa: E731
+    slopes = {expected_sigmoid: (density, 0.0), expected_entropy: (0.0, bent)}
+    for function, wanted in slopes.items():
+        (first,) = torch.autograd.grad(function(mean, v).sum(), mean, create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), mean)
+        for found, expected in zip((first, second), wanted, strict=True):
+            value = on_line(expected, 0.0, variance) if callable(expected) and variance else expected
+            value = value(torch.zeros(())) if callable(value) else torch.as_tensor(value)
+            torch.testing.assert_close(found[0].detach(), value, rtol=0, atol=1e-8)
+
+
+def test_two_equal_logits_have_a_gradient():
+    mean = torch.zeros(1, 2, requires_grad=True)
+    (gradient,) = torch.autograd.grad(gauss_hermite(mean, torch.eye(2)[None])[0, 1], mean)
+    slope = on_line(lambda f: f.sigmoid() * (-f).sigmoid(), 0.0, 2.0)
+    torch.testing.assert_close(gradient[0], torch.stack([-slope, slope]), rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("function", [expected_sigmoid, expected_entropy])

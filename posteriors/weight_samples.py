@@ -1,0 +1,120 @@
+"""What the network itself, not made linear, says at draws of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lapkit.curvature.capture.engine import Engine
+from lapkit.curvature.capture.forward import canonical, run
+from lapkit.curvature.inputs import to_device
+from lapkit.curvature.jacobians.jacobian import summable
+from lapkit.posteriors.functions import FunctionDistribution
+from lapkit.posteriors.gaussian import GaussianPosterior
+
+PIECE = 2**26  # numbers of drawn weights at a time; fixed, since what a generator gives depends on it
+
+
+class _Caller(nn.Module):
+    """The engine's forward pass as a module, so that other weights can be put in for one call."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.model, self.engine = engine.model, engine
+
+    def forward(self, x: Any) -> Tensor:
+        """Outputs `(N, *, C)`."""
+        engine = self.engine
+        return canonical(run(self.model, x, engine.parameters, engine.forward_fn), engine.output_axis)
+
+
+def network_outputs(engine: Engine, x: Any, weights: Tensor) -> Iterator[Tensor]:
+    """The outputs at some weights, one forward pass for each; the model's own weights stay what they are.
+
+    Args:
+        engine: the model; inside `borrowed`.
+        x: a batch of inputs, whatever the model takes.
+        weights: those that the engine's Jacobians are in, `(S, P)`.
+
+    Yields:
+        S times `(N, C)` or `(N, T, C)`.
+    """
+    caller, parameters = _Caller(engine), engine.parameters
+    x = to_device(x, parameters.device)
+    for row in weights.unbind():
+        parts = zip(parameters.split(engine.complete(row)).items(), parameters.tensors, strict=True)
+        given = {f"model.{name}": part.to(p.dtype) for (name, part), p in parts}
+        yield summable(functional_call(caller, given, (x,)))
+
+
+def sampled_outputs(
+    engine: Engine, posterior: GaussianPosterior, x: Any, n_samples: int, generator: torch.Generator | None = None
+) -> Iterator[Tensor]:
+    """The outputs at draws from a posterior: those of `posterior.sample`, some at a time where they are many.
+
+    Args:
+        engine: the model; inside `borrowed`.
+        posterior: over the weights that the engine's Jacobians are in.
+        x: a batch of inputs, whatever the model takes.
+        n_samples: how many draws, S.
+        generator: the only source of randomness.
+
+    Yields:
+        S times `(N, C)` or `(N, T, C)`.
+
+    Raises:
+        ValueError: if there is not at least one sample.
+    """
+    if n_samples < 1:
+        raise ValueError(f"Expected at least one sample of the weights, got n_samples={n_samples}.")
+    piece = max(1, PIECE // len(posterior.mean))
+    for start in range(0, n_samples, piece):
+        yield from network_outputs(engine, x, posterior.sample(min(piece, n_samples - start), generator))
+
+
+def mean_of(samples: Iterable[Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mean of a function of samples that are seen one by one.
+
+    Args:
+        samples: S tensors of one shape.
+        function: of one of them.
+
+    Returns:
+        A tensor like its results.
+    """
+    count, total = 0, torch.zeros(())
+    for sample in samples:
+        value = function(sample)
+        count, total = count + 1, total + value if count else value
+    return total / count
+
+
+def sampled_moments(samples: Iterable[Tensor]) -> FunctionDistribution:
+    """Mean and unbiased covariance of samples that are seen one by one.
+
+    Args:
+        samples: S outputs `(N, C)` or `(N, T, C)`.
+
+    Returns:
+        The Gaussian with these moments.
+
+    Raises:
+        ValueError: if there are not at least two.
+
+    Reference:
+        Welford, Note on a method for calculating corrected sums of squares and products, 1962.
+    """
+    count, mean, products = 0, torch.empty(0), torch.empty(0)
+    for count, sample in enumerate(samples, start=1):
+        if count == 1:
+            mean, products = sample, sample.new_zeros(*sample.shape, sample.shape[-1])
+        before = sample - mean
+        mean = mean + before / count
+        products = products + before[..., :, None] * (sample - mean)[..., None, :]
+    if count < 2:
+        raise ValueError(f"A variance needs at least two samples, got {count}: give a larger n_samples.")
+    return FunctionDistribution(mean, (products + products.mT) / (2 * (count - 1)))
