@@ -241,9 +241,7 @@ def test_an_error_of_the_model_itself_comes_out_with_the_shape_of_its_inputs():
     def fail(h):
         raise RuntimeError("a message of the model's own")
 
-    with pytest.raises(
-        RuntimeError, match=r"^The model failed on inputs of shape .*: a message of the model's own$"
-    ):
+    with pytest.raises(RuntimeError, match=r"^The model failed on inputs of shape .*: a message of the model's own$"):
         outputs(fail)
     model = nn.Linear(3, 2)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
