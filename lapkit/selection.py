@@ -52,8 +52,6 @@ class Selection:
     grid: Grid | None = None
 
 
-@torch.inference_mode(False)  # the search needs gradients, wherever it is called
-@torch.enable_grad()
 def maximize_evidence(
     fit: Fit,
     likelihood: Likelihood,
@@ -96,35 +94,38 @@ def maximize_evidence(
         ValueError: if noise is to be tuned that the likelihood does not have, bounds are not positive and ascending,
             groups do not make up the weights, or the evidence is not finite.
     """
-    if tune_noise:
-        likelihood.with_noise(1.0)  # an error, if it has none
-    groups = (fit.parameters.numel,) if groups is None else tuple(groups)
-    if sum(groups) != fit.parameters.numel:
-        raise ValueError(f"Groups of {sum(groups)} weights in all were given for {fit.parameters.numel} weights.")
-    double = replace(fit, curvature=fit.curvature.to(torch.float64), mean=fit.mean.double(), loss=fit.loss.double())
-    mean = prior.mean.double() if isinstance(prior.mean, Tensor) else prior.mean
-    surface = EvidenceSurface(double, likelihood, mean, groups, tune_noise, temperature, hyper_prior)
-    lower, upper = _edges(surface, bounds, noise_bounds)
-    if not (torch.isfinite(lower) & torch.isfinite(upper) & (lower < upper)).all():
-        raise ValueError(f"Bounds are positive and ascending, got {bounds} for precisions, {noise_bounds} for noise.")
-    found = search(surface, _start(surface, prior).clamp(lower, upper), lower, upper, n_steps)
-    logs = found.logs
-    effective, _ = surface.effective(logs)
-    tell = _Warnings(surface, logs, lower, upper)
-    tell.edges()
-    if tune_noise:
-        tell.noise(float(effective.sum()), left_out)
-    _, gradient = surface.slope(logs)
-    held = ((logs <= lower) & (gradient < 0)) | ((logs >= upper) & (gradient > 0))
-    return Selection(
-        prior=GaussianPrior(surface.precision(logs).to(fit.mean.dtype), prior.mean),
-        likelihood=likelihood.with_noise(float(logs[-1].exp())) if tune_noise else likelihood,
-        log_evidence=float(surface.log_evidence(logs).detach()),
-        converged=found.converged,
-        evaluations=found.evaluations,
-        slope=float(torch.where(held, 0.0, gradient).abs().max()),
-        effective=effective,
-    )
+    with torch.inference_mode(False), torch.enable_grad():  # the search needs gradients, wherever it is called
+        if tune_noise:
+            likelihood.with_noise(1.0)  # an error, if it has none
+        groups = (fit.parameters.numel,) if groups is None else tuple(groups)
+        if sum(groups) != fit.parameters.numel:
+            raise ValueError(f"Groups of {sum(groups)} weights in all were given for {fit.parameters.numel} weights.")
+        double = replace(fit, curvature=fit.curvature.to(torch.float64), mean=fit.mean.double(), loss=fit.loss.double())
+        mean = prior.mean.double() if isinstance(prior.mean, Tensor) else prior.mean
+        surface = EvidenceSurface(double, likelihood, mean, groups, tune_noise, temperature, hyper_prior)
+        lower, upper = _edges(surface, bounds, noise_bounds)
+        if not (torch.isfinite(lower) & torch.isfinite(upper) & (lower < upper)).all():
+            raise ValueError(
+                f"Bounds are positive and ascending, got {bounds} for precisions, {noise_bounds} for noise."
+            )
+        found = search(surface, _start(surface, prior).clamp(lower, upper), lower, upper, n_steps)
+        logs = found.logs
+        effective, _ = surface.effective(logs)
+        tell = _Warnings(surface, logs, lower, upper)
+        tell.edges()
+        if tune_noise:
+            tell.noise(float(effective.sum()), left_out)
+        _, gradient = surface.slope(logs)
+        held = ((logs <= lower) & (gradient < 0)) | ((logs >= upper) & (gradient > 0))
+        return Selection(
+            prior=GaussianPrior(surface.precision(logs).to(fit.mean.dtype), prior.mean),
+            likelihood=likelihood.with_noise(float(logs[-1].exp())) if tune_noise else likelihood,
+            log_evidence=float(surface.log_evidence(logs).detach()),
+            converged=found.converged,
+            evaluations=found.evaluations,
+            slope=float(torch.where(held, 0.0, gradient).abs().max()),
+            effective=effective,
+        )
 
 
 def _edges(

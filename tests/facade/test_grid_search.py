@@ -141,9 +141,10 @@ def test_a_loss_that_does_not_see_the_variance_is_refused():
 
 def test_the_edge_warns():
     la, (x, y) = fitted("regression"), held_out("regression")
-    with pytest.warns(UserWarning, match=r"largest prior precision of the grid, 0\.01"):
+    with pytest.warns(UserWarning, match=r"largest prior precision of the grid, 0\.01") as told:
         found = la.optimize_prior_precision("gridsearch", val_loader=[(x, y)], bounds=(1e-3, 1e-2), grid_size=3)
     assert not found.converged
+    assert told[0].filename == __file__
 
 
 def test_the_best_of_equal_scores_and_of_failures():
