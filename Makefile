@@ -1,10 +1,12 @@
 # make demo    set up .venv and run the main job
 # make test    set up .venv and run the tests
 # make check   all that continuous integration runs
+# JOBS processes share the tests.
 # TORCH chooses the torch release; on a machine without a GPU its CPU build is tried first.
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= 2.13.0
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -17,8 +19,7 @@ help:           ## show this list
 demo: $(VENV)/.ready            ## set up, then run the main job on real data
 	$(BIN)/lapkit demo
 
-test: $(VENV)/.ready-dev        ## set up, then run the tests
-	$(BIN)/pytest
+test: tests     ## set up, then run the tests
 
 check: format lint types layers doctests tests notebooks    ## everything CI runs
 
@@ -34,8 +35,9 @@ doctests: $(VENV)/.ready-dev
 	$(BIN)/pytest --doctest-modules lapkit
 notebooks: $(VENV)/.ready-dev
 	$(BIN)/pytest --nbmake notebooks -p no:cacheprovider
+# One thread a process: small matrices gain nothing from more, and processes that share cores lose by them.
 tests: $(VENV)/.ready-dev
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(JOBS) --dist loadfile
 
 gpu: $(VENV)/.ready-dev         ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
