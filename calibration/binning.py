@@ -13,6 +13,9 @@ from torch import Tensor
 
 Binning: TypeAlias = Literal["equal_width", "equal_mass"]
 
+# A little more than the rounding errors of float32 on the way to a guess, and with MOST_BINS still less than a bin.
+GUESS, MOST_BINS = 1e-6, 100_000
+
 
 def equal_width(confidence: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Bins `(m/M, (m+1)/M]`, open at the left and closed at the right; zero falls into the first.
@@ -28,31 +31,63 @@ def equal_width(confidence: Tensor, bins: int) -> tuple[Tensor, Tensor]:
         The edges `(M + 1,)` from 0 to 1, and the bin of each example `(N,)`.
     """
     edges = torch.arange(bins + 1, dtype=torch.float64, device=confidence.device) / bins
-    return edges, torch.bucketize(confidence.to(torch.float32), edges[1:-1].to(torch.float32))
+    # What torch.bucketize gives, at a third of its time: a guess that is right, or one too low next to an edge.
+    rounded = confidence.to(torch.float32)
+    index = (rounded * (bins * (1 - GUESS))).ceil_().sub_(1).clamp_(0, bins - 1).to(torch.int64)
+    edges_above = edges[1:].to(torch.float32)
+    edges_above[-1] = torch.inf
+    return edges, index.add_(rounded > edges_above[index])
 
 
 def equal_mass(confidence: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """Bins of consecutive ranks and nearly equal counts, the larger ones first (as `numpy.array_split`).
 
-    Equal confidences keep their order and may be parted between two bins. With fewer examples than bins the
-    last bins are empty.
+    Equal confidences stay together, in the bin of the middle one of them: the bins do not depend on the order of the
+    examples, and no bin is a draw from among equals. With few examples, or many equal ones, some bins are empty.
 
     Args:
         confidence: `(N,)` float64, N > 0.
         bins: number of bins M.
 
     Returns:
-        The edges `(M + 1,)`: the smallest confidence, then the largest confidence of each bin; and the bin of
+        The edges `(M + 1,)`: the smallest confidence, then the largest confidence up to each bin; and the bin of
         each example `(N,)`.
     """
-    ranked, order = torch.sort(confidence, stable=True)
-    smaller, larger_bins = divmod(len(confidence), bins)
-    number = torch.arange(bins, device=confidence.device)
-    sizes = smaller + (number < larger_bins).to(torch.int64)
+    ranked, order = torch.sort(confidence)
+    _, group, size = torch.unique_consecutive(ranked, return_inverse=True, return_counts=True)
     index = torch.empty_like(order)
-    index[order] = number.repeat_interleave(sizes)
-    edges = torch.cat((ranked[:1], ranked[sizes.cumsum(dim=0) - 1]))
-    return edges, index
+    ends = mass_ends(len(confidence), bins).to(confidence.device)
+    index[order] = torch.searchsorted(ends, middle_rank(size), right=True)[group]
+    filled = torch.bincount(index, minlength=bins).cumsum(dim=0)
+    return torch.cat((ranked[:1], ranked[(filled - 1).clamp(min=0)])), index
+
+
+def mass_ends(count: int, bins: int) -> Tensor:
+    """The rank at which each of M parts of nearly equal size ends, the larger ones first.
+
+    Args:
+        count: number of examples N.
+        bins: number of bins M.
+
+    Returns:
+        `(M,)` int64, rising to N.
+    """
+    smaller, larger_bins = divmod(count, bins)
+    number = torch.arange(1, bins + 1)
+    return number * smaller + number.clamp(max=larger_bins)
+
+
+def middle_rank(size: Tensor) -> Tensor:
+    """The rank, from zero, of the middle one of each group of equals.
+
+    Args:
+        size: `(G,)` int64, the sizes of the groups in ascending order of what is ranked.
+
+    Returns:
+        `(G,)` int64.
+    """
+    last = size.cumsum(dim=0) - 1
+    return last - size // 2
 
 
 BINNINGS: Mapping[str, Callable[[Tensor, int], tuple[Tensor, Tensor]]] = {
@@ -74,12 +109,27 @@ def assign_bins(confidence: Tensor, *, bins: int, binning: Binning) -> tuple[Ten
 
     Raises:
         TypeError: `bins` is not an integer.
-        ValueError: `bins` is less than one, or `binning` is unknown.
+        ValueError: `bins` is less than one or too large, or `binning` is unknown.
+    """
+    check_bins(bins)
+    if binning not in BINNINGS:
+        raise ValueError(f"binning is {binning!r}, expected one of {', '.join(map(repr, BINNINGS))}.")
+    return BINNINGS[binning](confidence, bins)
+
+
+def check_bins(bins: int) -> None:
+    """Refuse what is no number of bins.
+
+    Args:
+        bins: at least 1.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is less than one, or more than `MOST_BINS`.
     """
     if not isinstance(bins, int) or isinstance(bins, bool):
         raise TypeError(f"bins is {bins!r}, expected a number of bins. For given edges use torch.bucketize yourself.")
     if bins < 1:
         raise ValueError(f"bins is {bins}, expected at least 1. The usual choice is 15.")
-    if binning not in BINNINGS:
-        raise ValueError(f"binning is {binning!r}, expected one of {', '.join(map(repr, BINNINGS))}.")
-    return BINNINGS[binning](confidence, bins)
+    if bins > MOST_BINS:
+        raise ValueError(f"bins is {bins}, expected at most {MOST_BINS}. The usual choice is 15.")

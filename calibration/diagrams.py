@@ -40,6 +40,7 @@ def draw_reliability(
     accuracy: Sequence[float],  # (M,)
     label: str,
     summary: str,
+    band: Sequence[Sequence[float]] = (),  # (2, M), or nothing
 ) -> Axes:
     """Bars of accuracy, the gap from each to its mean confidence, and a strip with the counts above.
 
@@ -51,6 +52,7 @@ def draw_reliability(
         accuracy: accuracy per bin.
         label: the legend's name for the bars.
         summary: the legend's words for the gaps.
+        band: where the accuracy of a calibrated model would lie, lower and upper ends.
 
     Returns:
         The same axes.
@@ -77,6 +79,9 @@ def draw_reliability(
     )
     # Bins of equal mass can be too narrow for a bar to show; the points are where the bins truly lie.
     ax.plot(conf, acc, linestyle="none", marker="o", markersize=3, color=BLUE)
+    if band:
+        below, above = ([abs(end[m] - confidence[m]) for m in filled] for end in band)
+        ax.errorbar(conf, conf, [below, above], fmt="none", ecolor=GREY, capsize=3, label="if calibrated")
     ax.set(xlim=(0, 1), ylim=(0, TOP), yticks=TICKS, xlabel="confidence", ylabel="accuracy", aspect="equal")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper left", bbox_to_anchor=(0, 1 / TOP), frameon=False)
@@ -90,3 +95,23 @@ def _draw_counts(ax: Axes, left: Sequence[float], width: Sequence[float], count:
     strip.bar(left, count, width, align="edge", color=GREY, alpha=0.5, edgecolor="white", linewidth=0.5)
     strip.set(xlim=ax.get_xlim(), xticks=[], yticks=[max(count)], ylabel="count")
     strip.spines[["top", "right"]].set_visible(False)
+
+
+def draw_risk_coverage(ax: Axes, *, coverage: Sequence[float], risk: Sequence[float], label: str) -> Axes:
+    """The risk of the most confident examples against their share.
+
+    Args:
+        ax: the axes to draw in; further curves may be there.
+        coverage: `(N,)` rising to 1.
+        risk: `(N,)` in [0, 1].
+        label: the legend's words for the curve.
+
+    Returns:
+        The same axes.
+    """
+    ax.plot(coverage, risk, label=label)
+    ax.set(xlim=(0, 1), xlabel="coverage", ylabel="risk: share of errors")
+    ax.set_ylim(bottom=0)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(loc="upper left", frameon=False)
+    return ax

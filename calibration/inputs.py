@@ -1,9 +1,9 @@
 """The one place where what the user passes is checked and brought to a common form.
 
-Past this module probabilities are `(N, C)` float64 with C >= 2, labels are `(N,)` int64 on the same device,
-and nothing carries a gradient. A wrong dtype raises TypeError, a wrong shape or value ValueError; each says
-what was given, what was expected and what to do. The checks read the data once when all is well; what is
-wrong is worked out only afterwards.
+Past this module probabilities are `(N, C)` with C >= 2, float64 unless a metric needs but a column of them, labels
+are `(N,)` int64 on the same device, and nothing carries a gradient. A wrong dtype raises TypeError, a wrong shape or
+value ValueError; each says what was given, what was expected and what to do. The checks read the data once when all
+is well; what is wrong is worked out only afterwards.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ Array: TypeAlias = "Tensor | npt.NDArray[Any]"
 # also for float32 values that were widened later), tight enough to catch logits, percentages and unnormalised
 # scores.
 SUM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+# Low precision is summed in float32: with many classes its own sums would be off by more than the tolerance.
+SUM_DTYPE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float32) | {
+    torch.float64: torch.float64
+}
 
 
 def as_tensor(values: Array) -> Tensor:
@@ -38,18 +42,34 @@ def as_probabilities(probabilities: Array) -> Tensor:
     Returns:
         The probabilities `(N, C)`, C >= 2, in float64 on their device, detached.
     """
+    return as_rows(probabilities).to(torch.float64)
+
+
+def as_rows(probabilities: Array) -> Tensor:
+    """Checked class probabilities as `(N, C)`, in their own precision where they come as a table.
+
+    For metrics of a column or a maximum, which is widened to float64 afterwards: a float64 copy of a large table
+    costs more than the metric.
+
+    Args:
+        probabilities: `(N, C)` class probabilities; or `(N,)` or `(N, 1)`, of the positive class.
+
+    Returns:
+        The probabilities `(N, C)`, C >= 2, on their device, detached; one column `p` as `1 - p, p` in float64.
+    """
     given = as_tensor(probabilities)
     _check_floating(given, "probabilities")
     _check_table(given, "probabilities")
-    rows = given.to(torch.float64)
-    if _is_single_column(rows):
-        positive = rows.reshape(-1)
+    rows = given
+    if _is_single_column(given):
+        positive = given.to(torch.float64).reshape(-1)
         # The clamp leaves a p just above one to the tolerance of the row sum, as for several columns.
         rows = torch.stack(((1 - positive).clamp(min=0), positive), dim=1)
     tolerance = SUM_TOLERANCE[given.dtype]
-    # NaN and infinities fail these two comparisons as well, so one pass over the rows settles the usual case.
-    if not (rows.min() >= 0 and (rows.sum(dim=1) - 1).abs().max() <= tolerance):
-        _refuse_probabilities(rows, tolerance)
+    sums = rows.sum(dim=1, dtype=SUM_DTYPE[rows.dtype])
+    # NaN and infinities fail these comparisons as well, so one pass over the rows settles the usual case.
+    if not (rows.min() >= 0 and (sums - 1).abs().max() <= tolerance):
+        _refuse_probabilities(rows.to(torch.float64), tolerance)
     return rows
 
 
@@ -139,6 +159,34 @@ def as_events(probabilities: Array, occurred: Array) -> tuple[Tensor, Tensor]:
     outcomes = as_tensor(occurred)
     outcomes = outcomes.to(torch.int64) if outcomes.dtype == torch.bool else outcomes
     return rows[:, 1].contiguous(), as_labels(outcomes, rows, "occurred").to(torch.float64)
+
+
+def as_flags(flags: Array, scores: Tensor, name: str) -> Tensor:
+    """Checked yes or no of each example as `(N,)` float64.
+
+    Args:
+        flags: `(N,)` booleans, or integers 0 and 1.
+        scores: the checked numbers `(N,)` that they belong to.
+        name: what the caller names the flags, for the error.
+
+    Returns:
+        Ones and zeros `(N,)` on the device of the scores.
+
+    Raises:
+        TypeError: the flags are neither booleans nor integers.
+        ValueError: their shape is not `(N,)`, or one of them is not 0 or 1.
+    """
+    given = as_tensor(flags)
+    if given.is_floating_point() or given.is_complex():
+        raise TypeError(f"dtype of {name} is {given.dtype}, expected booleans. Compare first, as in {name} > 0.5.")
+    if given.shape != scores.shape:
+        raise ValueError(
+            f"shape of {name} is {tuple(given.shape)}, expected {tuple(scores.shape)}, one for each score."
+        )
+    low, high = (int(extreme) for extreme in given.to(torch.int64).aminmax())
+    if low < 0 or high > 1:
+        raise ValueError(f"{name} range from {low} to {high}, expected booleans, or integers 0 and 1.")
+    return given.to(device=scores.device, dtype=torch.float64)
 
 
 def as_scores(scores: Array, name: str) -> Tensor:

@@ -1,151 +1,124 @@
-"""Reliability: how often predictions come true against how sure they were, and the errors read off."""
+"""Reliability: how often predictions come true against how sure they were, per bin of confidence."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lapkit.calibration.binning import Binning, assign_bins
-from lapkit.calibration.diagrams import draw_reliability, new_axes
-from lapkit.calibration.inputs import Array, as_events, as_labels, as_probabilities
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from lapkit.calibration.binning import Binning, assign_bins, check_bins
+from lapkit.calibration.curves import ReliabilityCurve
+from lapkit.calibration.inputs import Array
+from lapkit.calibration.pairs import Pairs, Ranked, event, top_label
+from lapkit.calibration.streaming import Metric, SumMetric
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class ReliabilityCurve:
-    """Confidence and accuracy per bin, and the calibration errors that follow from them.
+@dataclass(frozen=True)
+class EqualWidthReliability(SumMetric[ReliabilityCurve]):
+    """The reliability curve in bins of equal width, from sums per bin: what `reliability_curve` gives, in batches.
 
-    With M bins of n_m examples and the weights w_m = n_m / N, the calibration error of order q is
-
-        ( sum_m w_m |acc_m - conf_m|^q )^(1/q)
-
-    Attributes:
-        edges: `(M + 1,)` the bins' edges (lo, hi]; the first bin has its left edge as well.
-        count: `(M,)` int64, the number of examples n_m in each bin; 0 where a bin is empty.
-        confidence: `(M,)` the mean confidence conf_m; NaN where a bin is empty.
-        accuracy: `(M,)` the fraction acc_m that came true; NaN where a bin is empty.
+    Args:
+        bins: number of bins M.
+        pairs: `top_label`, or `event` for `event_reliability_curve`.
 
     Example:
-        >>> probabilities = torch.tensor([[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]])
-        >>> curve = reliability_curve(probabilities, torch.tensor([0, 1, 0]), bins=2)
-        >>> curve.count
-        tensor([0, 3])
-        >>> curve.ece
-        0.0333
-
-    Reference:
-        Guo, Pleiss, Sun and Weinberger (2017), On calibration of modern neural networks, equations 3 (ECE)
-        and 5 (MCE); Hendrycks, Mazeika and Dietterich (2019), Deep anomaly detection (RMSCE).
+        >>> from lapkit.calibration import Streaming
+        >>> stream = Streaming(EqualWidthReliability(bins=10))
+        >>> stream.update(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0, 0]))
+        >>> stream.update(torch.tensor([[0.2, 0.8]]), torch.tensor([1]))
+        >>> stream.compute().ece
+        0.3
     """
 
-    edges: Tensor
-    count: Tensor
-    confidence: Tensor
-    accuracy: Tensor
+    bins: int = 15
+    pairs: Pairs = top_label
 
-    def calibration_error(self, order: float) -> float:
-        """The count-weighted norm of the gaps, of any order; for the infinite order, their maximum.
+    def __post_init__(self) -> None:
+        check_bins(self.bins)
 
-            ( sum_m w_m |acc_m - conf_m|^q )^(1/q)
-
-        Args:
-            order: the order q of the norm, at least 1; `math.inf` for the maximum over the non-empty bins.
-
-        Returns:
-            The calibration error, in [0, 1].
-
-        Raises:
-            ValueError: the order is less than 1 or NaN.
-
-        Example:
-            >>> curve = reliability_curve(torch.tensor([0.9, 0.8, 0.6]), torch.tensor([1, 1, 0]), bins=3)
-            >>> curve.calibration_error(1), curve.calibration_error(2), curve.calibration_error(math.inf)
-            (0.3, 0.367, 0.6)
-        """
-        if not order >= 1:
-            raise ValueError(f"order is {order}, expected at least 1: 1 for ECE, 2 for RMSCE, math.inf for MCE.")
-        filled = self.count > 0
-        gap = (self.accuracy - self.confidence).abs()[filled]
-        if math.isinf(order):
-            return gap.max().item()
-        return (self._weight[filled] * gap**order).sum().item() ** (1 / order)
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error, `sum_m w_m |acc_m - conf_m|`."""
-        return self.calibration_error(1)
-
-    @property
-    def rmsce(self) -> float:
-        """Root mean square calibration error, `sqrt( sum_m w_m (acc_m - conf_m)^2 )`."""
-        return self.calibration_error(2)
-
-    @property
-    def mce(self) -> float:
-        """Maximum calibration error, `max_m |acc_m - conf_m|` over the non-empty bins."""
-        return self.calibration_error(math.inf)
-
-    @property
-    def expected_by_chance(self) -> float:
-        """The ECE that a perfectly calibrated model with these accuracies and counts would show by chance.
-
-            sqrt(2 / pi) sum_m w_m sqrt( acc_m (1 - acc_m) / n_m )
-
-        Even then acc_m scatters about conf_m, by a binomial standard error whose mean absolute value (of a
-        Gaussian) is sqrt(2/pi) of it. An ECE is to be read beside this number; it falls as 1/sqrt(N), so ECEs
-        of different N do not compare. A bin of one example, or one that is all right or all wrong, adds
-        nothing: with few examples to a bin it is too low.
-
-        Example:
-            >>> curve = reliability_curve(torch.full((100,), 0.75), (torch.arange(100) % 5 > 0).long())
-            >>> curve.ece, curve.expected_by_chance
-            (0.05, 0.032)
-        """
-        filled = self.count > 0
-        count, accuracy = self.count[filled], self.accuracy[filled]
-        deviation = (accuracy * (1 - accuracy) / count).sqrt()
-        return math.sqrt(2 / math.pi) * (self._weight[filled] * deviation).sum().item()
-
-    def plot(self, ax: Axes | None = None, *, label: str | None = None) -> Axes:
-        """Draw the reliability diagram: accuracy per bin, its gap to the confidence, and above it the counts.
+    def summarise(self, predictions: Any, targets: Any) -> Tensor:
+        """Sums per bin; see `Metric.summarise`.
 
         Args:
-            ax: the axes to draw in; new ones if None. To compare models, give each its own.
-            label: the name of the model in the legend.
+            predictions: what `pairs` takes.
+            targets: what `pairs` takes.
 
         Returns:
-            The axes, for titles and the like.
-
-        Example:
-            >>> import matplotlib
-            >>> matplotlib.use("agg")
-            >>> curve = reliability_curve(torch.tensor([0.9, 0.8, 0.6]), torch.tensor([1, 1, 0]))
-            >>> ax = curve.plot(label="MAP")
-            >>> ax.get_xlabel(), ax.get_ylabel()
-            ('confidence', 'accuracy')
+            `(3, M)` float64: number, sum of confidences, number that came true.
         """
-        summary = f"ECE {self.ece:.3f} ({self.expected_by_chance:.3f} by chance)"
-        return draw_reliability(
-            new_axes() if ax is None else ax,
-            edges=self.edges.tolist(),
-            count=self.count.tolist(),
-            confidence=self.confidence.tolist(),
-            accuracy=self.accuracy.tolist(),
-            label=label or "accuracy",
-            summary=summary,
-        )
+        confidence, outcome = self.pairs(predictions, targets)
+        _, index = assign_bins(confidence, bins=self.bins, binning="equal_width")
+        return bin_sums(index, confidence, outcome, self.bins)
 
-    @property
-    def _weight(self) -> Tensor:
-        # Integers over integers would come out in torch's default dtype.
-        return self.count.to(torch.float64) / self.count.sum()
+    def finish(self, summary: Tensor) -> ReliabilityCurve:
+        """The curve; see `Metric.finish`.
+
+        Args:
+            summary: `(3, M)` sums per bin.
+
+        Returns:
+            The curve.
+        """
+        edges = torch.arange(self.bins + 1, dtype=torch.float64, device=summary.device) / self.bins
+        return curve_of_sums(edges, summary)
+
+
+@final
+@dataclass(frozen=True)
+class EqualMass:
+    """The reliability curve in bins of equal count, of pairs; in batches `Ranked(EqualMass(bins))`.
+
+    Args:
+        bins: number of bins M.
+    """
+
+    bins: int = 15
+
+    def __post_init__(self) -> None:
+        check_bins(self.bins)
+
+    def __call__(self, confidence: Tensor, outcome: Tensor) -> ReliabilityCurve:
+        """The curve.
+
+        Args:
+            confidence: `(N,)` float64, N > 0.
+            outcome: `(N,)` float64, ones and zeros.
+
+        Returns:
+            The curve.
+        """
+        edges, index = assign_bins(confidence, bins=self.bins, binning="equal_mass")
+        return curve_of_sums(edges, bin_sums(index, confidence, outcome, self.bins))
+
+
+RELIABILITY: dict[Binning, Callable[[int, Pairs], Metric[ReliabilityCurve]]] = {
+    "equal_width": EqualWidthReliability,
+    "equal_mass": lambda bins, pairs: Ranked(EqualMass(bins), pairs),
+}
+
+
+def reliability_metric(*, bins: int = 15, binning: Binning = "equal_width", pairs: Pairs = top_label) -> Metric[Any]:
+    """The metric whose value is the reliability curve; in equal width it streams by sums, in equal mass by pairs.
+
+    Args:
+        bins: number of bins M.
+        binning: "equal_width" or "equal_mass".
+        pairs: `top_label` or `event`.
+
+    Returns:
+        The metric, for `Streaming`; called with predictions and targets it gives the `ReliabilityCurve`.
+
+    Raises:
+        TypeError: `bins` is not an integer.
+        ValueError: `bins` is less than one, or `binning` is unknown.
+    """
+    if binning not in RELIABILITY:
+        raise ValueError(f"binning is {binning!r}, expected one of {', '.join(map(repr, RELIABILITY))}.")
+    return RELIABILITY[binning](bins, pairs)
 
 
 def reliability_curve(
@@ -175,10 +148,7 @@ def reliability_curve(
     Reference:
         Guo, Pleiss, Sun and Weinberger (2017), section 2; equal mass: Nguyen and O'Connor (2015), 3.2.
     """
-    rows = as_probabilities(probabilities)
-    targets = as_labels(labels, rows)
-    confidence, predicted = rows.max(dim=1)
-    return _curve(confidence, (predicted == targets).to(torch.float64), bins=bins, binning=binning)
+    return reliability_metric(bins=bins, binning=binning)(probabilities, labels)
 
 
 def event_reliability_curve(
@@ -206,8 +176,7 @@ def event_reliability_curve(
         Murphy and Winkler (1977), Reliability of subjective probability forecasts of precipitation and
         temperature.
     """
-    probability, outcome = as_events(probabilities, occurred)
-    return _curve(probability, outcome, bins=bins, binning=binning)
+    return reliability_metric(bins=bins, binning=binning, pairs=event)(probabilities, occurred)
 
 
 def expected_calibration_error(
@@ -239,9 +208,32 @@ def expected_calibration_error(
     return reliability_curve(probabilities, labels, bins=bins, binning=binning).ece
 
 
-def _curve(confidence: Tensor, outcome: Tensor, *, bins: int, binning: Binning) -> ReliabilityCurve:
-    edges, index = assign_bins(confidence, bins=bins, binning=binning)
-    count = torch.bincount(index, minlength=bins)
-    # Zero over zero is NaN: an empty bin has no mean.
-    means = (torch.bincount(index, weights=values, minlength=bins) / count for values in (confidence, outcome))
-    return ReliabilityCurve(edges, count, *means)
+def bin_sums(index: Tensor, confidence: Tensor, outcome: Tensor, bins: int) -> Tensor:
+    """Number, sum of confidences and sum of outcomes in each bin.
+
+    Args:
+        index: `(N,)` int64, the bin of each example.
+        confidence: `(N,)` float64.
+        outcome: `(N,)` float64.
+        bins: number of bins M.
+
+    Returns:
+        `(3, M)` float64.
+    """
+    count = torch.bincount(index, minlength=bins).to(torch.float64)
+    sums = (torch.bincount(index, weights=values, minlength=bins) for values in (confidence, outcome))
+    return torch.stack((count, *sums))
+
+
+def curve_of_sums(edges: Tensor, sums: Tensor) -> ReliabilityCurve:
+    """The curve of these bins.
+
+    Args:
+        edges: `(M + 1,)`.
+        sums: `(3, M)`, from `bin_sums`.
+
+    Returns:
+        The curve; zero over zero is NaN, an empty bin has no mean.
+    """
+    count, confidence, outcome = sums
+    return ReliabilityCurve(edges, count.to(torch.int64), confidence / count, outcome / count)

@@ -36,6 +36,7 @@ from lapkit.curvature.likelihoods.classification import Categorical
 from lapkit.curvature.likelihoods.counts import GammaPoisson, Poisson
 from lapkit.curvature.likelihoods.custom import FromLogProb
 from lapkit.curvature.likelihoods.likelihood import DiagonalLikelihood, Likelihood
+from lapkit.curvature.likelihoods.preference import BradleyTerry
 from lapkit.curvature.likelihoods.regression import Gaussian, HeteroscedasticGaussian, PerOutputGaussian
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.dense import Dense
@@ -113,6 +114,7 @@ __all__ = [
     "BlockProduct",
     "BlockProducts",
     "BlockSum",
+    "BradleyTerry",
     "Categorical",
     "ClippedGradients",
     "ClippedTotal",

@@ -31,7 +31,8 @@ def map_tensors(function: Callable[[Any], Tensor], x: Any, kind: Any = Tensor) -
 
 
 def to_device(x: Any, device: torch.device) -> Any:
-    """Every tensor on `device`, and none made under inference mode, which autograd refuses."""
+    """Every tensor, and every array of numpy, on `device`; none made under inference mode, which autograd refuses."""
+    x = as_tensors(x)
     return map_tensors(lambda t: t.to(device).clone() if t.is_inference() else t.to(device), x)
 
 

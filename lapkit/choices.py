@@ -8,6 +8,7 @@ from typing import Any
 from lapkit.curvature import (
     GGN,
     Bernoulli,
+    BradleyTerry,
     Categorical,
     Columns,
     EKFACCorrection,
@@ -24,10 +25,16 @@ from lapkit.curvature import (
 )
 from lapkit.structures import Structure
 
-LIKELIHOODS = {"classification": Categorical, "regression": Gaussian, "binary": Bernoulli}
+LIKELIHOODS = {
+    "classification": Categorical,
+    "regression": Gaussian,
+    "binary": Bernoulli,
+    "reward_modeling": BradleyTerry,
+}
 STRUCTURES = {
     "diag": Structure(GGNDiagonal),
     "kron": Structure(GGNKronecker, factored=True),
+    "kron_reduce": Structure(partial(GGNKronecker, setting="reduce"), factored=True),
     "ekfac": Structure(GGNKronecker, EKFACCorrection, factored=True),
     "blockdiag": Structure(GGNBlocks),
     "full": Structure(GGNDense),
@@ -36,6 +43,7 @@ STRUCTURES = {
 }
 SPACES = {"auto": LowRankGGN, "weights": SqrtGGN, "functions": FactoredGGN}
 CURVATURES: dict[str, Columns] = {"ggn": GGN(), "mc": MonteCarloGGN(), "ef": EmpiricalFisher()}
+PRED_TYPES = ("glm", "nn")
 PRIOR_STRUCTURES = ("scalar", "layerwise", "unit", "diag")
 
 
@@ -64,13 +72,13 @@ def curvature_structure(hessian_structure: str, rank: int | None, per_parameter:
     """
     found: Structure = choice(STRUCTURES, hessian_structure, "hessian_structure")
     form = choice(SPACES, space, "space")
-    if found is not STRUCTURES["lowrank"]:
-        if (rank, per_parameter, space) != (None, False, "auto"):
-            raise ValueError(
-                f"rank={rank}, per_parameter={per_parameter} and space={space!r} were given beside "
-                f"hessian_structure={hessian_structure!r}; they belong to 'lowrank' only."
-            )
+    if (rank, per_parameter, space) == (None, False, "auto"):
         return found
+    if found is not STRUCTURES["lowrank"]:
+        raise ValueError(
+            f"rank={rank}, per_parameter={per_parameter} and space={space!r} were given beside "
+            f"hessian_structure={hessian_structure!r}; they belong to 'lowrank' only."
+        )
     if rank is None:
         return Structure(partial(form, per_parameter=per_parameter))
     if not isinstance(rank, int) or rank < 1:

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = commands.add_parser("demo", help="train, fit, compare and prune on real handwritten digits")
     job.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     job.add_argument("--quick", action="store_true", help="train for a few epochs only")
-    job.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for the pictures")
+    job.add_argument("--out", type=Path, default=Path("outputs"), metavar="DIR", help="folder for pictures and page")
     job.add_argument("--seed", type=int, default=0, help="of data, weights and batches")
     given = parser.parse_args(arguments)
     try:

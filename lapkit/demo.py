@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,13 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from tqdm import tqdm
 
-from lapkit.calibration import accuracy, auroc, brier, entropy, expected_calibration_error, nll, reliability_curve
+from lapkit.calibration import TemperatureScaling, accuracy, auroc, brier, entropy, expected_calibration_error, nll
 from lapkit.datasets import Digits, digits
+from lapkit.demo_networks import network, train, train_together
+from lapkit.demo_pictures import page, pictures
 from lapkit.laplace import Laplace
 from lapkit.pruning import apply_masks, magnitude_saliency, obd_saliency, predicted_increase, pruning_masks
 
+# Networks of the ensemble besides the one that Laplace is fitted to.
+OTHERS = 4
+EPOCHS, QUICK_EPOCHS = 150, 60
 POSTERIORS = (("last_layer", "diag"), ("last_layer", "kron"), ("last_layer", "full"), ("all", "kron"))
 T = TypeVar("T")
 
@@ -36,8 +40,8 @@ class Row:
         ece: expected calibration error.
         brier: score, in [0, 2].
         ood_auroc: how well entropy tells digits of held-out classes from test digits.
-        log_evidence: log marginal likelihood of the training data; None for the MAP network.
-        fit_seconds: fit and tuning of the prior.
+        log_evidence: log marginal likelihood of the training data; None where there is none.
+        fit_seconds: after the training of the network; of the ensemble, training of the others.
         predict_seconds: for all test digits.
     """
 
@@ -79,46 +83,13 @@ class Report:
         rows: MAP first.
         pruned: what pruning did.
         pictures: files written.
+        page: file with the report to be read in a browser; None without matplotlib.
     """
 
     rows: tuple[Row, ...]
     pruned: Pruned
     pictures: tuple[Path, ...]
-
-
-def network(classes: int) -> nn.Sequential:
-    """A convolutional network with 2,552 weights for 8 classes of 8 x 8 pixels."""
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 12, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(48, 32),
-        nn.ReLU(),
-        nn.Linear(32, classes),
-    )
-
-
-def train(model: nn.Module, data: Digits, *, epochs: int, seed: int, progress_bar: bool = True) -> None:
-    """Adam, one cycle, hardly any weight decay: a network that has learnt its noisy training digits by heart."""
-    device = next(model.parameters()).device
-    x, y = data.train_x.to(device), data.train_y.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    batches = -(-len(x) // 64)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, weight_decay=3e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=epochs * batches)
-    bar = tqdm(range(epochs), desc="training", disable=not progress_bar, leave=False)
-    for _ in bar:
-        for index in torch.randperm(len(x), generator=generator).split(64):
-            optimizer.zero_grad()
-            loss = F.cross_entropy(model(x[index]), y[index])
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+    page: Path | None
 
 
 def run(
@@ -129,7 +100,7 @@ def run(
     Args:
         device: "cpu" or "cuda".
         quick: train for a few epochs only.
-        out: folder for the pictures.
+        out: folder for the pictures and the page.
         seed: of data, weights and batches; the same seed gives the same numbers, times apart.
         progress_bar: show progress.
 
@@ -142,37 +113,93 @@ def run(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"Device {device!r} was asked for, but torch sees no CUDA device. Use --device cpu.")
     data = digits(noise=0.5, seed=seed)
-    with torch.random.fork_rng():  # the caller's random numbers go on as if nothing had happened
-        torch.manual_seed(seed)
-        model = network(len(data.classes)).to(device)
-    train(model, data, epochs=60 if quick else 150, seed=seed, progress_bar=progress_bar)
-    model.eval()
-
-    def softmax(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return model(x.to(device)).softmax(-1)
-
-    probabilities, seconds = _timed(lambda: softmax(data.test_x))
-    predictives = {"MAP": probabilities}
-    rows = [_row("MAP", data, probabilities, softmax(data.ood_x), None, 0.0, seconds)]
+    models = _networks(1 + OTHERS, len(data.classes), seed, device)
+    epochs = QUICK_EPOCHS if quick else EPOCHS
+    train(models[0], data, epochs=epochs, seed=seed, progress_bar=progress_bar)
+    model = models[0].eval()
     # A loader without a generator of its own draws its workers' seed from the caller's random numbers.
     loader = DataLoader(TensorDataset(data.train_x, data.train_y), batch_size=100, generator=torch.Generator())
+    found = [*_of_map(model, data)]
+    for subset, structure in POSTERIORS:
+        la = Laplace(model, "classification", subset_of_weights=subset, hessian_structure=structure)
+        name = f"{structure}, {'last layer' if subset == 'last_layer' else 'all layers'}"
+        found.append(_of_laplace(name, la, loader, data, progress_bar))
+    seeds = range(seed + 1, seed + 1 + OTHERS)
+    _, seconds = _timed(lambda: train_together(models[1:], data, epochs=epochs, seeds=seeds, progress_bar=progress_bar))
+    found.append(_of_ensemble(models, data, seconds))
+    pruned = _prune(model, data, loader)
+    rows = tuple(_row(each, data) for each in found)
+    if find_spec("matplotlib") is None:
+        return Report(rows, pruned, (), None)
+    inside, outside = {each.name: each.inside for each in found}, {each.name: each.outside for each in found}
+    drawn = pictures(data, inside, out)
+    return Report(rows, pruned, drawn, page(data, inside, outside, out))
 
-    def predict(la: Laplace, x: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class _Predicted:
+    """What one method says of the test digits and of those held out."""
+
+    name: str
+    inside: Tensor
+    outside: Tensor
+    log_evidence: float | None
+    fit_seconds: float
+    predict_seconds: float
+
+
+def _networks(count: int, classes: int, seed: int, device: str) -> list[nn.Sequential]:
+    """Untrained networks, each with a seed of its own; the caller's random numbers go on as if nothing had happened."""
+    found = []
+    with torch.random.fork_rng():
+        for number in range(count):
+            torch.manual_seed(seed + number)
+            found.append(network(classes).to(device))
+    return found
+
+
+def _outputs(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(x.to(next(model.parameters()).device))
+
+
+def _of_map(model: nn.Module, data: Digits) -> tuple[_Predicted, _Predicted]:
+    """The network as it is, and each half of its logits divided by the temperature that suits the other half."""
+    logits, seconds = _timed(lambda: _outputs(model, data.test_x))
+    elsewhere = _outputs(model, data.ood_x)
+    inside, outside = (torch.empty(f.shape, dtype=torch.float64, device=f.device) for f in (logits, elsewhere))
+
+    def temper() -> None:
+        for half in (0, 1):
+            scaling = TemperatureScaling.fit(logits[1 - half :: 2], data.test_y[1 - half :: 2])
+            inside[half::2], outside[half::2] = scaling(logits[half::2]), scaling(elsewhere[half::2])
+
+    _, fit = _timed(temper)
+    plain = _Predicted("MAP", logits.softmax(-1), elsewhere.softmax(-1), None, 0.0, seconds)
+    return plain, _Predicted("MAP + temperature", inside, outside, None, fit, seconds)
+
+
+def _of_laplace(
+    name: str, la: Laplace, loader: DataLoader[tuple[Tensor, ...]], data: Digits, progress_bar: bool
+) -> _Predicted:
+    def predict(x: Tensor) -> Tensor:
         result = la(x)
         assert isinstance(result, Tensor)  # probabilities, for classes
         return result
 
-    for subset, structure in POSTERIORS:
-        name = f"{structure}, {'last layer' if subset == 'last_layer' else 'all layers'}"
-        la = Laplace(model, "classification", subset_of_weights=subset, hessian_structure=structure)
-        _, fit_seconds = _timed(lambda la=la: la.fit(loader, progress_bar=progress_bar).optimize_prior_precision())  # type: ignore[misc]
-        probabilities, seconds = _timed(lambda la=la: predict(la, data.test_x))  # type: ignore[misc]
-        predictives[name] = probabilities
-        evidence = float(la.log_marginal_likelihood())
-        rows.append(_row(name, data, probabilities, predict(la, data.ood_x), evidence, fit_seconds, seconds))
-    pictures = _pictures(data, predictives, out) if find_spec("matplotlib") else ()
-    return Report(tuple(rows), _prune(model, data, loader), pictures)
+    _, fit = _timed(lambda: la.fit(loader, progress_bar=progress_bar).optimize_prior_precision())
+    inside, seconds = _timed(lambda: predict(data.test_x))
+    return _Predicted(name, inside, predict(data.ood_x), float(la.log_marginal_likelihood()), fit, seconds)
+
+
+def _of_ensemble(models: Sequence[nn.Module], data: Digits, training: float) -> _Predicted:
+    """The mean of the probabilities; its fit is the training of all networks but the first."""
+
+    def mean(x: Tensor) -> Tensor:
+        return torch.stack([_outputs(model.eval(), x).softmax(-1) for model in models]).mean(0)
+
+    inside, seconds = _timed(lambda: mean(data.test_x))
+    return _Predicted(f"ensemble of {len(models)}", inside, mean(data.ood_x), None, training, seconds)
 
 
 def _timed(job: Callable[[], T]) -> tuple[T, float]:
@@ -183,19 +210,18 @@ def _timed(job: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
-def _row(
-    name: str, data: Digits, inside: Tensor, outside: Tensor, evidence: float | None, fit: float, predict: float
-) -> Row:
+def _row(found: _Predicted, data: Digits) -> Row:
+    inside = found.inside
     return Row(
-        name,
+        found.name,
         accuracy(inside, data.test_y),
         nll(inside, data.test_y),
         expected_calibration_error(inside, data.test_y),
         brier(inside, data.test_y),
-        auroc(entropy(inside), entropy(outside)),
-        evidence,
-        fit,
-        predict,
+        auroc(entropy(inside), entropy(found.outside)),
+        found.log_evidence,
+        found.fit_seconds,
+        found.predict_seconds,
     )
 
 
@@ -220,47 +246,10 @@ def _prune(model: nn.Module, data: Digits, loader: DataLoader[tuple[Tensor, ...]
     return Pruned(dense, obd, magnitude, predicted_increase(saliency, masks), pruned_loss - loss)
 
 
-def _pictures(data: Digits, predictives: dict[str, Tensor], out: Path) -> tuple[Path, ...]:
-    """Reliability diagrams of MAP and of the posterior over all layers, and the digits it is most and least sure of."""
-    from matplotlib.figure import Figure
-
-    out.mkdir(parents=True, exist_ok=True)
-    names = ("MAP", "kron, all layers")
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    for ax, name in zip(figure.subplots(1, 2), names, strict=True):
-        reliability_curve(predictives[name], data.test_y).plot(ax)
-        ax.set_title(name)
-    reliability = out / "reliability.png"
-    figure.savefig(reliability, dpi=120)
-
-    probabilities = predictives[names[1]].cpu()
-    order = entropy(probabilities).argsort(stable=True)
-    count = 8
-    figure = Figure(figsize=(count * 1.15, 3.4), layout="constrained")
-    rows = figure.subplots(2, count)
-    titles = ("most certain", "least certain")
-    for axes, chosen, title in zip(rows, (order[:count], order.flip(0)[:count]), titles, strict=True):
-        axes[0].set_ylabel(title, fontsize=10)
-        for ax, i in zip(axes, chosen.tolist(), strict=True):
-            confidence, guess = probabilities[i].max(0)
-            right = int(guess) == int(data.test_y[i])
-            ax.imshow(data.test_x[i, 0].numpy(), cmap="gray_r", vmin=-0.5, vmax=1.5, interpolation="bicubic")
-            ax.set_title(
-                f"{data.classes[int(guess)]} at {float(confidence):.0%}\nis {data.classes[int(data.test_y[i])]}",
-                fontsize=9,
-                color="black" if right else "#D55E00",
-            )
-            ax.set_xticks([])
-            ax.set_yticks([])
-    certain = out / "certain_and_uncertain.png"
-    figure.savefig(certain, dpi=120)
-    return reliability, certain
-
-
 def table(report: Report) -> str:
     """The report as text for a terminal."""
     head = (
-        f"{'posterior':<18}{'accuracy':>9}{'NLL':>8}{'ECE':>8}{'Brier':>8}{'OOD AUROC':>11}{'log evidence':>14}"
+        f"{'method':<18}{'accuracy':>9}{'NLL':>8}{'ECE':>8}{'Brier':>8}{'OOD AUROC':>11}{'log evidence':>14}"
         f"{'fit s':>8}{'predict s':>11}"
     )
     lines = [head, "-" * len(head)]
@@ -274,6 +263,7 @@ def table(report: Report) -> str:
         "",
         "Real digits 0 to 7 with sensor noise; out of distribution: the digits 8 and 9, which training never saw.",
         "Log evidences rank models with the same set of random weights, not last layer against all layers.",
+        "The temperature of each half of the test digits was fitted to the other half.",
         "",
         f"50 % of the weights pruned, no retraining: accuracy {report.pruned.obd_accuracy:.3f} by curvature (OBD), "
         f"{report.pruned.magnitude_accuracy:.3f} by magnitude, {report.pruned.dense_accuracy:.3f} dense.",
@@ -283,6 +273,7 @@ def table(report: Report) -> str:
     ]
     if report.pictures:
         lines.append("Pictures: " + ", ".join(str(p) for p in report.pictures))
+        lines.append(f"Page: {report.page}")
     else:
         lines.append("No pictures: matplotlib is not installed. Run: pip install lapkit[plot]")
     return "\n".join(lines)

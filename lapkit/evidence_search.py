@@ -1,132 +1,23 @@
-"""Three ways to the top of the evidence: L-BFGS, MacKay's fixed point, and Newton's method."""
+"""Ways to the top of the evidence: Brent's method, L-BFGS, MacKay's fixed point, and Newton's method."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from scipy.optimize import brentq, minimize
 from torch import Tensor
-from torch.distributions import Gamma
 
-from lapkit.curvature import Likelihood
-from lapkit.posteriors import Fit, GaussianPrior, log_det_ratio
+from lapkit.evidence_surface import EvidenceSurface
+from lapkit.posteriors import Fit
 
 TOLERANCE = 1e-9  # of the logarithms, between steps
+BRACKET = 1e-3  # wider on both sides than exact numbers would ask for
 LONGEST_STEP = 4.0  # of Newton's method, in a logarithm
-
-
-@dataclass(frozen=True, eq=False)
-class EvidenceSurface:
-    """The log evidence over the logarithms of prior precisions, one for each group of weights, and of the noise.
-
-    For a fixed mode it is concave: the log likelihood and the scatter are minus an exponential of a logarithm each, and
-    the log determinant of a sum of exponentials times positive matrices is convex. All ways up lead to one top.
-
-    Args:
-        fit: curvature, loss and mode, in float64.
-        likelihood: of the targets.
-        mean: of the prior.
-        groups: sizes of the groups of consecutive weights.
-        tune_noise: the last logarithm is that of a Gaussian likelihood's noise.
-        temperature: of the likelihood.
-        hyper_prior: over each precision.
-    """
-
-    fit: Fit
-    likelihood: Likelihood
-    mean: Tensor | float
-    groups: tuple[int, ...]
-    tune_noise: bool = False
-    temperature: float = 1.0
-    hyper_prior: Gamma | None = None
-
-    @cached_property
-    def squares(self) -> Tensor:
-        """`|w - m|^2` of each group, `(G,)`."""
-        centre = GaussianPrior(1.0, self.mean).centre(self.fit.parameters).double()
-        return self.total((self.fit.mean - centre).square())
-
-    @cached_property
-    def sizes(self) -> Tensor:
-        """How many weights each group has, `(G,)`."""
-        return torch.tensor(self.groups, device=self.fit.mean.device)
-
-    @cached_property
-    def owner(self) -> Tensor:
-        """The group of each weight, `(P,)`."""
-        return torch.arange(len(self.groups), device=self.fit.mean.device).repeat_interleave(self.sizes)
-
-    @property
-    def gamma(self) -> tuple[float, float]:
-        """Shape and rate of the hyper-prior's slope in a log precision; zero where there is none."""
-        if self.hyper_prior is None:
-            return 0.0, 0.0
-        return float(self.hyper_prior.concentration), float(self.hyper_prior.rate)
-
-    def total(self, values: Tensor) -> Tensor:
-        """Sums over groups of values `(P,)`."""
-        if len(self.groups) == len(values):
-            return values
-        return torch.zeros(len(self.groups), dtype=values.dtype, device=values.device).index_add(0, self.owner, values)
-
-    def precision(self, logs: Tensor) -> Tensor:
-        """The prior precision in the shape in which a curvature can use it best: `()`, `(L,)` or `(P,)`."""
-        values = logs[: len(self.groups)].exp()
-        if len(values) == 1:
-            return values.reshape(())
-        return values if self.groups == self.fit.parameters.sizes else values[self.owner]
-
-    def noise(self, logs: Tensor) -> Likelihood:
-        """The likelihood, with the noise of this point."""
-        return self.likelihood.with_noise(logs[-1].exp()) if self.tune_noise else self.likelihood
-
-    def complexity(self, logs: Tensor) -> Tensor:
-        """`log det P - log det P0`."""
-        prior = GaussianPrior(self.precision(logs))
-        return log_det_ratio(self.fit, self.noise(logs), prior, self.temperature)
-
-    def log_evidence(self, logs: Tensor) -> Tensor:
-        """The log evidence, without the hyper-prior, in nats."""
-        misfit = self.fit.log_likelihood(self.noise(logs), self.temperature)
-        scatter = (logs[: len(self.groups)].exp() * self.squares).sum()
-        return misfit - (scatter + self.complexity(logs)) / 2
-
-    def __call__(self, logs: Tensor) -> Tensor:
-        """What is maximised: the log evidence, and the log density of the hyper-prior over log precisions.
-
-        Raises:
-            ValueError: if it is not finite.
-        """
-        value = self.log_evidence(logs)
-        if self.hyper_prior is not None:
-            shape, rate = self.gamma
-            own = logs[: len(self.groups)]
-            value = value + (shape * own - rate * own.exp()).sum()
-        if not torch.isfinite(value):
-            raise ValueError("The evidence is not finite: the fit holds NaN or infinite curvature.")
-        return value
-
-    def slope(self, logs: Tensor) -> tuple[float, Tensor]:
-        """Value and gradient."""
-        logs = logs.detach().requires_grad_()
-        value = self(logs)
-        (gradient,) = torch.autograd.grad(value, logs)
-        return float(value.detach()), gradient
-
-    def effective(self, logs: Tensor) -> tuple[Tensor, Tensor]:
-        """MacKay's effective numbers of parameters, `gamma = n - delta tr P^{-1}` of each group, `(G,)`.
-
-        They are minus the slopes of the log determinant's ratio in log precisions, in which no digits cancel. With them
-        its slope in the log noise, which is minus twice their sum (four times for the empirical Fisher).
-        """
-        logs = logs.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self.complexity(logs), logs)
-        return -gradient[: len(self.groups)], gradient[-1]
 
 
 @dataclass(frozen=True)
@@ -145,6 +36,46 @@ class Found:
 
 
 Search = Callable[[EvidenceSurface, Tensor, Tensor, Tensor, int], Found]
+
+
+def automatic(surface: EvidenceSurface, start: Tensor, lower: Tensor, upper: Tensor, n_steps: int) -> Found:
+    """Brent's method for one precision over known eigenvalues, which takes a millisecond; L-BFGS for all else."""
+    chosen = lbfgs if surface.eigenvalues is None or surface.tune_noise else brent
+    return chosen(surface, start, lower, upper, n_steps)
+
+
+def brent(surface: EvidenceSurface, start: Tensor, lower: Tensor, upper: Tensor, n_steps: int) -> Found:
+    """The root of MacKay's condition for one precision, `log(gamma + 2 a) = log(delta (|w - m|^2 + 2 b))`.
+
+    Their difference falls in log delta, with a slope between -2 and -1: its value anywhere brackets the root. Each
+    evaluation is one pass over the eigenvalues.
+
+    Raises:
+        ValueError: if there are several hyper-parameters, or the curvature's eigenvalues are not known.
+    """
+    values = surface.eigenvalues
+    if values is None or surface.tune_noise:
+        raise ValueError("Brent's method is for one prior precision over known eigenvalues; choose optimizer='lbfgs'.")
+    shape, rate = surface.gamma
+    log_scale = float(surface.log_scale(start).detach())
+    denominator = float(surface.squares.detach()) + 2 * rate
+
+    @cache
+    def excess(log: float) -> float:
+        effective = float((values / (values + math.exp(log - log_scale))).sum()) + 2 * shape
+        above = math.log(effective) if effective > 0 else -math.inf
+        return above - (math.log(denominator) + log if denominator > 0 else -math.inf)
+
+    here = float(start)
+    if math.isnan(excess(here)):  # the data say nothing, or NaN, which is told by what reads the evidence there
+        return Found(start, True, 1)
+    ends = sorted(here + excess(here) / steepness for steepness in (1, 2))
+    low, high = max(ends[0] - BRACKET, float(lower)), min(ends[1] + BRACKET, float(upper))
+    if high <= low or excess(low) <= 0 or excess(high) >= 0:
+        edge = upper if excess(here) > 0 else lower
+        return Found(edge, True, excess.cache_info().misses)
+    root, about = brentq(excess, low, high, xtol=TOLERANCE, rtol=1e-12, maxiter=n_steps, full_output=True, disp=False)
+    return Found(torch.full_like(start, root), about.converged, excess.cache_info().misses)
 
 
 def lbfgs(surface: EvidenceSurface, start: Tensor, lower: Tensor, upper: Tensor, n_steps: int) -> Found:
@@ -268,7 +199,7 @@ def _ascent(hessian: Tensor, gradient: Tensor, free: Tensor) -> Tensor:
     return step
 
 
-OPTIMIZERS: dict[str, Search] = {"lbfgs": lbfgs, "mackay": fixed_point, "newton": newton}
+OPTIMIZERS: dict[str, Search] = {"auto": automatic, "lbfgs": lbfgs, "mackay": fixed_point, "newton": newton}
 
 
 def group_sizes(fit: Fit, structure: str) -> tuple[int, ...]:

@@ -83,6 +83,7 @@ def marglik_training(
     n_data: int | None = None,
     checkpoint: str | pathlib.Path | None = None,
     progress_bar: bool = False,
+    after_fit: Callable[[Laplace], None] | None = None,
     **laplace_options: Any,
 ) -> MarglikTraining:
     """Train a network while the evidence sets the prior precision and the noise: no validation set, no weight decay.
@@ -115,6 +116,8 @@ def marglik_training(
         n_data: number of examples, where the loader leaves some out at random; those of one pass by default.
         checkpoint: a file in which to keep the state after every epoch, and to go on from if it is there.
         progress_bar: show one.
+        after_fit: called after each evidence with the posterior it is of; it may move what the network has frozen, such
+            as the transform of `lapkit.invariance`.
         laplace_options: more for `Laplace`, such as `rank`, `curvature`, `prior_mean` or `memory_budget`.
 
     Returns:
@@ -186,6 +189,8 @@ def marglik_training(
                 )
                 _remember(state, la, model)
                 stopped = patience is not None and state.since_best >= patience
+                if after_fit is not None:
+                    after_fit(la)
             if checkpoint is not None:
                 _save(pathlib.Path(checkpoint), state, model, trainer, schedule)
             bar.set_postfix(loss=state.losses[-1], evidence=state.log_evidences[-1] if state.log_evidences else None)

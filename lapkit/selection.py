@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributions import Gamma
 
 from lapkit.curvature import Likelihood
-from lapkit.evidence_search import EvidenceSurface, Search, lbfgs
+from lapkit.evidence_search import Search, automatic
+from lapkit.evidence_surface import EvidenceSurface
 from lapkit.grid_search import Grid
 from lapkit.posteriors import Fit, GaussianPrior
+from lapkit.posteriors.eigenvalues import known_eigenvalues
 
 # Values outside are beyond what data of any scale can tell; the search stops there and says so.
 PRECISION_BOUNDS = (1e-6, 1e8)
@@ -58,7 +60,7 @@ def maximize_evidence(
     prior: GaussianPrior,
     *,
     groups: Sequence[int] | None = None,
-    search: Search = lbfgs,
+    search: Search = automatic,
     tune_noise: bool = False,
     temperature: float = 1.0,
     n_steps: int = 100,
@@ -100,9 +102,11 @@ def maximize_evidence(
         groups = (fit.parameters.numel,) if groups is None else tuple(groups)
         if sum(groups) != fit.parameters.numel:
             raise ValueError(f"Groups of {sum(groups)} weights in all were given for {fit.parameters.numel} weights.")
-        double = replace(fit, curvature=fit.curvature.to(torch.float64), mean=fit.mean.double(), loss=fit.loss.double())
+        values = known_eigenvalues(fit.curvature) if len(groups) == 1 else None
+        curvature = fit.curvature.to(torch.float64) if values is None else fit.curvature
+        double = replace(fit, curvature=curvature, mean=fit.mean.double(), loss=fit.loss.double())
         mean = prior.mean.double() if isinstance(prior.mean, Tensor) else prior.mean
-        surface = EvidenceSurface(double, likelihood, mean, groups, tune_noise, temperature, hyper_prior)
+        surface = EvidenceSurface(double, likelihood, mean, groups, tune_noise, temperature, hyper_prior, values)
         lower, upper = _edges(surface, bounds, noise_bounds)
         if not (torch.isfinite(lower) & torch.isfinite(upper) & (lower < upper)).all():
             raise ValueError(
@@ -110,21 +114,20 @@ def maximize_evidence(
             )
         found = search(surface, _start(surface, prior).clamp(lower, upper), lower, upper, n_steps)
         logs = found.logs
-        effective, _ = surface.effective(logs)
+        reached = surface.at(logs)
         tell = _Warnings(surface, logs, lower, upper)
         tell.edges()
         if tune_noise:
-            tell.noise(float(effective.sum()), left_out)
-        _, gradient = surface.slope(logs)
-        held = ((logs <= lower) & (gradient < 0)) | ((logs >= upper) & (gradient > 0))
+            tell.noise(float(reached.effective.sum()), left_out)
+        held = ((logs <= lower) & (reached.gradient < 0)) | ((logs >= upper) & (reached.gradient > 0))
         return Selection(
             prior=GaussianPrior(surface.precision(logs).to(fit.mean.dtype), prior.mean),
             likelihood=likelihood.with_noise(float(logs[-1].exp())) if tune_noise else likelihood,
-            log_evidence=float(surface.log_evidence(logs).detach()),
+            log_evidence=float(reached.log_evidence),
             converged=found.converged,
             evaluations=found.evaluations,
-            slope=float(torch.where(held, 0.0, gradient).abs().max()),
-            effective=effective,
+            slope=float(torch.where(held, 0.0, reached.gradient).abs().max()),
+            effective=reached.effective,
         )
 
 
@@ -140,8 +143,11 @@ def _edges(
 
 def _start(surface: EvidenceSurface, prior: GaussianPrior) -> Tensor:
     """Logarithms of the precisions now, averaged over each group, and of the noise."""
-    own = prior.diagonal(surface.fit.parameters).detach().double().log()
-    start = surface.total(own) / surface.sizes
+    if isinstance(prior.precision, Tensor) and prior.precision.numel() > 1:
+        own = prior.diagonal(surface.fit.parameters).detach().double().log()
+        start = surface.total(own) / surface.sizes
+    else:
+        start = prior.values(surface.fit.parameters).detach().to(surface.squares).log().expand(len(surface.groups))
     if not surface.tune_noise:
         return start
     precision = torch.as_tensor(surface.likelihood.precision).detach().to(start).reshape(1)

@@ -53,9 +53,9 @@ class GaussianPosterior:
         Returns:
             One draw a row.
         """
-        shape = (len(self.mean), n_samples)
+        shape = (n_samples, len(self.mean))  # the numbers of a draw side by side, which is faster and stays so
         noise = torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
-        return self.mean + self.precision.inverse_root_transpose(noise).T
+        return self.mean + self.precision.inverse_root_transpose(noise.T).T
 
     def log_prob(self, weights: Tensor, normalized: bool = True) -> Tensor:
         """The log density at weights `(P,)`, or at several `(S, P)`.
@@ -121,5 +121,7 @@ def laplace_posterior(
     Returns:
         The posterior over the fitted weights.
     """
-    scaled = fit.curvature.scale(fit.curvature_scale(likelihood, temperature))
+    scale = fit.curvature_scale(likelihood, temperature)
+    unscaled = not isinstance(scale, Tensor) and scale == 1  # of a full matrix, a copy that is not made
+    scaled = fit.curvature if unscaled else fit.curvature.scale(scale)
     return GaussianPosterior(fit.mean, scaled.shift(prior.values(fit.parameters), fit.parameters.sizes))

@@ -21,6 +21,7 @@ from lapkit.curvature.likelihoods.binary import Bernoulli
 from lapkit.curvature.likelihoods.classification import Categorical
 from lapkit.curvature.likelihoods.counts import Poisson
 from lapkit.curvature.likelihoods.likelihood import Likelihood
+from lapkit.curvature.likelihoods.preference import BradleyTerry
 from lapkit.curvature.likelihoods.regression import Gaussian, HeteroscedasticGaussian, PerOutputGaussian
 from lapkit.posteriors.checks import check_variance
 from lapkit.posteriors.functions import FunctionDistribution
@@ -58,8 +59,8 @@ def uncertainty(
     """Split the uncertainty of y.
 
     Args:
-        likelihood: `Categorical` (two classes by quadrature, more by quasi-Monte Carlo), `Bernoulli` (quadrature),
-            Gaussians and `Poisson` (exact).
+        likelihood: `Categorical` (two classes by quadrature, more by quasi-Monte Carlo), `Bernoulli` and, of pairs,
+            `BradleyTerry` (quadrature), Gaussians and `Poisson` (exact).
         f: the outputs' distribution.
         n_samples: of quasi-Monte Carlo, best a power of two.
         generator: of quasi-Monte Carlo, the only source of randomness.
@@ -97,6 +98,17 @@ def _(
         return torch.stack([parts.aleatoric, parts.epistemic], dim=-1)
 
     return Uncertainty(*over_quasi_samples(split, f, n_samples, generator).unbind(-1))
+
+
+@uncertainty.register
+def _(
+    likelihood: BradleyTerry,
+    f: FunctionDistribution,
+    n_samples: int = 512,
+    generator: torch.Generator | None = None,
+) -> Uncertainty:
+    likelihood.predictive(f.mean, f.covariance)  # refuses what is no pair
+    return uncertainty_of_logit(*difference(f.mean, f.covariance))
 
 
 @uncertainty.register

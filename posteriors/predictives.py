@@ -13,6 +13,7 @@ from torch.distributions import Dirichlet, Distribution, Independent
 from lapkit.curvature.likelihoods.binary import Bernoulli
 from lapkit.curvature.likelihoods.classification import Categorical
 from lapkit.curvature.likelihoods.likelihood import Likelihood
+from lapkit.curvature.likelihoods.preference import BradleyTerry
 from lapkit.curvature.likelihoods.regression import Gaussian, HeteroscedasticGaussian, PerOutputGaussian
 from lapkit.posteriors.bridge import laplace_bridge
 from lapkit.posteriors.functions import FunctionDistribution
@@ -85,13 +86,15 @@ def mean_outputs(likelihood: Likelihood, outputs: int) -> int:
         outputs: C.
 
     Returns:
-        C, C / 2 where log variances follow, and 0 where the mean of y is no output, as for classes.
+        C, C / 2 where log variances follow, and 0 where the mean of y is no output, as for classes. Rewards, which no
+        one observes, count as targets: they are what is predicted.
     """
     return 0
 
 
 @mean_outputs.register(Gaussian)
 @mean_outputs.register(PerOutputGaussian)
+@mean_outputs.register(BradleyTerry)
 def _(likelihood: Likelihood, outputs: int) -> int:
     return outputs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.capture.forward import canonical, run
-from lapkit.curvature.inputs import to_device
+from lapkit.curvature.inputs import tensors, to_device
 from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.posteriors.functions import FunctionDistribution
 from lapkit.posteriors.gaussian import GaussianPosterior
@@ -20,20 +20,63 @@ PIECE = 2**26  # numbers of drawn weights at a time; fixed, since what a generat
 
 
 class _Caller(nn.Module):
-    """The engine's forward pass as a module, so that other weights can be put in for one call."""
+    """The engine's forward pass as a module, so that other weights can be put in for one call.
 
-    def __init__(self, engine: Engine) -> None:
+    Args:
+        engine: the model.
+        prefix: the name of its last module, where `x` is what goes into that one alone.
+        x: inputs.
+    """
+
+    def __init__(self, engine: Engine, prefix: str, x: Any) -> None:
         super().__init__()
-        self.model, self.engine = engine.model, engine
+        self.model, self.engine = engine.model.get_submodule(prefix), engine
+        self.forward_fn = None if prefix else engine.forward_fn
+        self.skipped, self.x = len(prefix) + 1 if prefix else 0, x
 
-    def forward(self, x: Any) -> Tensor:
+    def forward(self) -> Tensor:
         """Outputs `(N, *, C)`."""
-        engine = self.engine
-        return canonical(run(self.model, x, engine.parameters, engine.forward_fn), engine.output_axis)
+        return canonical(run(self.model, self.x, self.engine.parameters, self.forward_fn), self.engine.output_axis)
+
+    def at(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """Outputs at other weights, by their names in the whole model."""
+        given = {f"model.{name[self.skipped :]}": weight for name, weight in weights.items()}
+        return summable(functional_call(self, given, ()))
+
+
+def _caller(engine: Engine, x: Any, n_samples: int) -> _Caller:
+    """The whole forward pass, or, where all random weights are those of the last module, the pass of that one alone.
+
+    It is the last one if the model returns the very tensor that it returned, and what came in carries no graph, that
+    is, does not depend on the random weights.
+    """
+    whole = _Caller(engine, "", x)
+    owners = {name.rpartition(".")[0] for name in engine.parameters.names}
+    if n_samples == 1 or len(owners) > 1 or owners == {""}:
+        return whole
+    (prefix,) = owners
+    calls: list[tuple[Any, ...]] = []
+
+    def recorded(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        calls.append((given, named, output, [x._version for x in tensors(given)]))
+
+    hook = engine.model.get_submodule(prefix).register_forward_hook(recorded, with_kwargs=True)
+    try:
+        with torch.enable_grad():
+            returned = run(engine.model, x, engine.parameters, engine.forward_fn)
+    finally:
+        hook.remove()
+    given, named, output, versions = calls[0] if len(calls) == 1 else ((), {}, None, [])
+    alone = output is returned and len(given) == 1 and isinstance(given[0], Tensor) and not named
+    if alone and not given[0].requires_grad and versions == [given[0]._version]:
+        return _Caller(engine, prefix, given[0])
+    return whole
 
 
 def network_outputs(engine: Engine, x: Any, weights: Tensor) -> Iterator[Tensor]:
     """The outputs at some weights, one forward pass for each; the model's own weights stay what they are.
+
+    Of weights of the last module alone the rest of the network is run once.
 
     Args:
         engine: the model; inside `borrowed`.
@@ -43,12 +86,11 @@ def network_outputs(engine: Engine, x: Any, weights: Tensor) -> Iterator[Tensor]
     Yields:
         S times `(N, C)` or `(N, T, C)`.
     """
-    caller, parameters = _Caller(engine), engine.parameters
-    x = to_device(x, parameters.device)
-    for row in weights.unbind():
+    parameters = engine.parameters
+    caller = _caller(engine, to_device(x, parameters.device), len(weights))
+    for row in weights.contiguous().unbind():  # a draw's numbers side by side, as products with it like them
         parts = zip(parameters.split(engine.complete(row)).items(), parameters.tensors, strict=True)
-        given = {f"model.{name}": part.to(p.dtype) for (name, part), p in parts}
-        yield summable(functional_call(caller, given, (x,)))
+        yield caller.at({name: part.to(p.dtype) for (name, part), p in parts})
 
 
 def sampled_outputs(

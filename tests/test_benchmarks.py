@@ -47,3 +47,20 @@ def test_a_larger_batch_than_the_critical_one_does_not_fit(found):
 
 def test_a_batch_far_below_the_budget_fits(found):
     assert [record["why"] for record in found["published"]] == [""]
+
+
+@pytest.mark.peer
+def test_every_job_is_timed_beside_the_peer(tmp_path):
+    pytest.importorskip("laplace")
+    path = tmp_path / "found.json"
+    options = ["--quick", "--networks", "transformer", "--structures", "kron", "--repeats", "1", "--json", path]
+    command = [sys.executable, BENCHMARKS / "laplace_torch.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(path.read_text())
+    assert [(row["weights"], row["structure"]) for row in found["times"]] == [("all", "kron"), ("last_layer", "kron")]
+    for row in found["times"]:
+        assert row["backend"] in ("CurvlinopsGGN", "AsdlGGN")  # the third refuses frozen weights
+        for job in ("fit", "evidence", "tuning", "again", "predict", "sampled"):
+            assert row[job]["ratio"] == pytest.approx(row[job]["peer"] / row[job]["lapkit"])
+    assert all(row["memory"]["lapkit"] > 0 < row["memory"]["peer"] for row in found["memory"])

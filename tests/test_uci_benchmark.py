@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,34 @@ def test_the_data(uci, name, shape, count):
     features, classes = uci.load(name)
     assert features.shape == shape
     assert sorted(set(classes)) == list(range(count))
+
+
+@with_data
+def test_the_ages_whose_decimal_points_were_lost(uci):
+    """Mean and standard deviation of A2 are stated in the description of the original data."""
+    features, classes = uci.load("australian")
+    assert features.shape == (690, 12)
+    assert features[0, :3].tolist() == [1, 22.08, 2]
+    assert features[:, 1].mean() == pytest.approx(31.5682, abs=1e-3)
+    assert features[:, 1].std(ddof=1) == pytest.approx(11.8533, abs=1e-3)
+    assert classes.sum() == 307
+
+
+@with_data
+def test_parts_share_no_example_and_are_scaled_by_the_first(uci):
+    """A leak would make the test score too good; each feature of the parts goes back to rows of the data."""
+    features, classes = uci.load("vehicle")
+    unique = features + 1e-4 * np.arange(len(features))[:, None]  # no two rows alike
+    parts = uci.split(unique, classes, 711)
+    assert [len(x) for x, _ in parts] == [592, 127, 127]
+    train_x = parts[0][0]
+    torch.testing.assert_close(train_x.mean(0), torch.zeros(18), rtol=0, atol=1e-12)
+    torch.testing.assert_close(train_x.std(0, correction=0), torch.ones(18))
+    rows = torch.cat([x for x, _ in parts])
+    assert len(rows.unique(dim=0)) == len(features)
+    order = rows[:, 0].argsort()
+    labels = torch.cat([y for _, y in parts])[order]
+    assert torch.equal(labels, torch.tensor(classes)[torch.tensor(unique[:, 0]).argsort()])
 
 
 @with_data

@@ -47,6 +47,7 @@ class Backprop:
         layouts: how the examples stand in the cotangents there.
         parameters: the selected weights.
         budget: bytes that intermediates may take.
+        roots: the nodes of the uses below which a backward pass has nothing to do, if they are known.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Backprop:
         layouts: dict[Node, dict[int, AnyLayout]],
         parameters: Parameters,
         budget: int,
+        roots: Sequence[Node] | None = None,
     ) -> None:
         self.output, self.graph, self.layouts = output, graph, layouts
         self.parameters, self.budget = parameters, budget
@@ -72,7 +74,9 @@ class Backprop:
             self.count[use.parameter] += 1
         self.tensors = dict(zip(parameters.names, parameters.tensors, strict=True))
         self.rules = {use: self._rule(use) for use in uses}
-        self.requested = graph.roots(self.uses) if internals.CAN_UNBATCH else list(self.uses)
+        self.requested = list(self.uses)
+        if internals.CAN_UNBATCH:
+            self.requested = graph.roots(self.uses) if roots is None else list(roots)
         self.hooked = list(self.uses.keys() - set(self.requested))
 
     def _rule(self, use: Use) -> FromCotangent | None:
@@ -151,7 +155,7 @@ class Backprop:
         delivery.finish()
 
     def _pass(self, columns: Tensor, arrive: Callable[[Node, Arrived], None], *, together: bool) -> None:
-        """One backward pass of `(K, N, *, C)`: all at once under vmap, or a single one."""
+        """One backward pass of `(K, N, *, C)`: all at once under vmap, which a single one does without."""
         count = len(columns)
 
         def prehook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
@@ -167,7 +171,7 @@ class Backprop:
 
         handles = [n.register_prehook(prehook(n)) for n in self.hooked]
         try:
-            if together:
+            if together and count > 1:
                 with warnings.catch_warnings():
                     # An operation without a batching rule is looped over inside: slower, and exact.
                     warnings.filterwarnings("ignore", message="There is a performance drop")

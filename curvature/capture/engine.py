@@ -102,7 +102,8 @@ class Engine:
             known = self._recall(key, graph, len(output))
         if known is None:
             return self._study(x, output, graph, key)
-        backprop = Backprop(output, graph, *known.found_in(graph), self.parameters, self.budget)
+        uses, layouts, roots = known.found_in(graph)
+        backprop = Backprop(output, graph, uses, layouts, self.parameters, self.budget, roots)
         backprop.may_batch = known.together
         return backprop
 
@@ -224,7 +225,7 @@ class Engine:
         if other.signature() != graph.signature():
             return None
         uses, layouts, _ = resolve(other, twice, self.parameters.tensors)
-        uses, layouts = Known.of(other, uses, layouts, 2, together=False).found_in(graph)
+        uses, layouts, _ = Known.of(other, uses, layouts, 2, together=False).found_in(graph)
         layouts = {node: {o: of_one(layout) for o, layout in at.items()} for node, at in layouts.items()}
         return uses, layouts, probe(output, layouts, self.parameters.tensors, graph)
 

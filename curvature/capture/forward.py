@@ -141,11 +141,13 @@ def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFun
             raise
         raise RuntimeError(f"The model failed on inputs of shape {_shapes(x)}: {error}") from error
     except TypeError as error:
-        if not isinstance(x, (tuple, list)):
+        if isinstance(x, Tensor):
             raise
+        wanted = "Expected one batch: a tensor or an array, or tuples and mappings of them as the model takes them."
+        pair = "If they are (inputs, targets), give the inputs alone."
         raise TypeError(
-            f"The model failed on inputs that are a {type(x).__name__} of {_shapes(x)}: {error}. If they are (inputs, "
-            "targets), give the inputs alone."
+            f"The model failed on inputs that are a {type(x).__name__} of {_shapes(x) or 'no tensors'}: {error}. "
+            f"{pair if isinstance(x, (tuple, list)) else wanted}"
         ) from error
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 

@@ -57,6 +57,12 @@ def saved(node: Node, name: str) -> Any:
     return getattr(node, f"_saved_{name}", None)
 
 
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf whose gradient `node` would accumulate, or None for any other node."""
+    # A custom function may keep something of its own under this name.
+    return node.variable if node.name() == "torch::autograd::AccumulateGrad" else None  # type: ignore[attr-defined]
+
+
 def shape_at(node: Node, output: int) -> torch.Size:
     """Shape of the forward output number `output` of `node`, that is of the cotangent it expects there."""
     return torch.Size(node._input_metadata[output].shape)

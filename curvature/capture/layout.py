@@ -45,11 +45,11 @@ class Layout:
 
     def canonical(self, tensor: Tensor, examples: int) -> Tensor:
         """`(K, *shape)` to `(K, N, R, *rest)`: the axis of the examples first, with R positions an example."""
-        moved = tensor.movedim(self.axis + 1, 1)
+        moved = tensor.movedim(self.axis + 1, 1) if self.axis else tensor
+        if self.rounds == 1:
+            return moved.view(len(moved), examples, moved.shape[1] // examples, *moved.shape[2:])
         if self.rounds is None:
             return moved.unflatten(1, (-1, examples)).transpose(1, 2)
-        if self.rounds == 1:
-            return moved.unflatten(1, (examples, -1))
         return moved.unflatten(1, (self.rounds, examples, -1)).transpose(1, 2).flatten(2, 3)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 
 from lapkit.curvature.capture import internals
 from lapkit.curvature.parameters import Parameters
@@ -105,9 +105,10 @@ class Graph:
                 "The model recomputes a part of itself by reentrant checkpointing, which hides the weights inside from "
                 "autograd's tape. Use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
             )
-        leaves = {n: get_gradient_edge(p).node for n, p in zip(parameters.names, parameters.tensors, strict=True)}
-        self.leaves = {name: node for name, node in leaves.items() if node in self.outputs}
-        missing = [name for name in leaves if name not in self.leaves]
+        names = {id(p): n for n, p in zip(parameters.names, parameters.tensors, strict=True)}
+        found = ((names.get(id(internals.leaf_of(node))), node) for node in self.nodes)
+        self.leaves = {name: node for name, node in found if name is not None}
+        missing = [name for name in parameters.names if name not in self.leaves]
         if missing and strict and not self._writes_rows():  # else the next batch may be sent to them
             raise ValueError(never_used(missing))
 

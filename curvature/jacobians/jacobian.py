@@ -161,6 +161,14 @@ class LayerJacobian(Jacobian):
         examples are one by default.
         """
 
+    def sole_input(self) -> Tensor | None:
+        """What went in, `(N, I)`, if A is its second moment and nothing else."""
+        return None
+
+    def add_square_sum(self, total: Tensor) -> None:
+        """Add `square_sum` to a contiguous sum `(P,)`, in place."""
+        total += self.square_sum()
+
     def single_position(self) -> tuple[Tensor, Tensor] | None:
         """Cotangents `(K, N, O)` and inputs `(N, I)`, where the Jacobian is one outer product of them."""
         return None

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lapkit.curvature.jacobians.inner_products import WRITTEN, over_pairs
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian
+from lapkit.curvature.jacobians.moments import second_moment
 from lapkit.curvature.jacobians.patches import Patches
 from lapkit.curvature.memory import chunk_length
 
 # On a CPU an intermediate that is read again at once is best kept within the cache; measured, two to four times faster.
-CACHE = 2**22
+CACHE = 2**21
 FEW = 16  # vectors; for more of them it is read again so often that small pieces cost more than they save
 
 
@@ -98,9 +99,15 @@ class OuterProduct(LayerJacobian):
         columns, _, size = self.shape
         most = max(beside // columns, 1) if beside else None
         for part in self.parts(extra * columns * size, cached=not beside, most=most):
-            g = self.g[:, part].permute(1, 3, 0, 4, 2).flatten(2, 3)  # (n, G, K O, T)
             a = self.a[part].permute(0, 2, 1, 3)  # (n, G, T, I)
-            yield part, (g @ a).unflatten(2, (columns, -1))
+            yield part, (self._rows_of(part) @ a).unflatten(2, (columns, -1))
+
+    def _rows_of(self, part: slice) -> Tensor:
+        """Cotangents of some examples as `(n, G, K O, T)`; what are neighbours in memory stays so, copied faster."""
+        g = self.g[:, part]
+        if g.stride(-1) == 1:
+            return g.permute(1, 3, 2, 0, 4).flatten(3, 4).mT
+        return g.permute(1, 3, 0, 4, 2).flatten(2, 3)
 
     def _pairs(self) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of examples of the products of inputs at pairs of positions, `(n, G, T, T, I)`."""
@@ -123,8 +130,9 @@ class OuterProduct(LayerJacobian):
     def square_sum(self) -> Tensor:
         """`(sum_k g^2)^T a^2` for one position: the columns never enter the matrix product."""
         if self.a.shape[1] == 1:
-            g, a = self.g[:, :, 0].square().sum(0), self._whole[:, 0].square()
-            return self.as_vector(torch.einsum("ngo,ngi->goi", g, a))
+            total = self.g.new_zeros(self.shape[2])
+            self.add_square_sum(total)
+            return total
         inputs, columns, outputs = self.a.shape[3], self.g.shape[0], self.g.shape[-1]
         total = self.g.new_zeros(self.a.shape[2], outputs, inputs)
         if self._pairs_are_cheaper(outputs * (columns + inputs), 1):
@@ -134,15 +142,25 @@ class OuterProduct(LayerJacobian):
                 total += products.flatten(2) @ pairs.permute(1, 0, 2, 3, 4).flatten(1, 3)
         else:
             for _, expanded in self._expanded():
-                total += expanded.square().sum((0, 2))
+                total += expanded.square_().sum((0, 2))
         return self.as_vector(total)
+
+    def add_square_sum(self, total: Tensor) -> None:
+        """See `LayerJacobian.add_square_sum`; for one position the product is added as it is made."""
+        if self.a.shape[1] != 1:
+            super().add_square_sum(total)
+            return
+        g, a = self.g[:, :, 0].square().sum(0), self._whole[:, 0].square()
+        rows, columns = (a, g) if self.transposed else (g, a)
+        matrices = total.view(rows.shape[1], rows.shape[2], columns.shape[2])
+        matrices.baddbmm_(rows.permute(1, 2, 0), columns.transpose(0, 1))
 
     def squares(self) -> Tensor:
         """`(sum_k g^2) (x) a^2` for one position; else from the expanded Jacobian, a few examples at a time."""
         if self.a.shape[1] == 1:
             g, a = self.g[:, :, 0].square().sum(0), self._whole[:, 0].square()
             return self.as_vector(torch.einsum("ngo,ngi->ngoi", g, a))
-        return torch.cat([self.as_vector(expanded.square().sum(2)) for _, expanded in self._expanded()])
+        return torch.cat([self.as_vector(expanded.square_().sum(2)) for _, expanded in self._expanded()])
 
     def square_norms(self) -> Tensor:
         """`|g|^2 |a|^2` for one position; else products of pairs of positions, or the expanded Jacobian."""
@@ -158,7 +176,7 @@ class OuterProduct(LayerJacobian):
                 out[:, part] = ((g @ g.mT) * (a @ a.mT)).sum((2, 3, 4)).clamp_min(0)
             return out
         for part, expanded in self._expanded():
-            out[:, part] = expanded.square().sum((1, 3, 4)).T
+            out[:, part] = expanded.square_().sum((1, 3, 4)).T
         return out
 
     def weighted_gram(self, weights: Tensor) -> Tensor:
@@ -292,8 +310,15 @@ class OuterProduct(LayerJacobian):
         return four.permute(order).reshape(outputs * inputs, outputs * inputs)
 
     def output_moment(self) -> Tensor:
-        """KFAC's B in the expand setting, positions counted as examples."""
-        return _second_moment(self.g.flatten(0, 2))
+        """KFAC's B in the expand setting, positions counted as examples.
+
+        Of a convolution, whose positions are neighbours in memory, the moment of each example is made without a copy.
+        """
+        positions, outputs = self.g.shape[2], self.g.shape[4]
+        if self.g.stride(2) == 1 and positions >= outputs:
+            g = self.g.permute(0, 1, 3, 4, 2)  # (K, N, G, O, T)
+            return (g @ g.mT).sum((0, 1))
+        return second_moment(self.g.flatten(0, 2))
 
     def single_position(self) -> tuple[Tensor, Tensor] | None:
         """Both factors, where there is one position and one group."""
@@ -303,6 +328,10 @@ class OuterProduct(LayerJacobian):
         """The cotangent, where there is one position and one group."""
         return self.g[:, :, 0, 0] if self.a.shape[1:3] == (1, 1) else None
 
+    def sole_input(self) -> Tensor | None:
+        """What went in, where there is one position and one group, and no padding."""
+        return self._whole[:, 0, 0] if self.a.shape[1:3] == (1, 1) and self.rows is None else None
+
     def input_moment(self, weights: Tensor | None = None) -> tuple[Tensor, float]:
         """KFAC's A, before it is divided by the number of examples and positions.
 
@@ -311,13 +340,13 @@ class OuterProduct(LayerJacobian):
         """
         examples, positions, groups, inputs = self.a.shape
         if weights is None and isinstance(self.a, Tensor):
-            return _second_moment(self.a.flatten(0, 1)), examples * positions if self.rows is None else self.rows
+            return second_moment(self.a.flatten(0, 1)), examples * positions if self.rows is None else self.rows
         if weights is not None:
             self._check_unpadded("of weighted examples")
         total = self.g.new_zeros(groups, inputs, inputs)
         roots = self.g.new_ones(examples) if weights is None else weights.to(self.g).sqrt()
         for part in self.parts(self.a.shape[1:].numel(), cached=False):
-            total += _second_moment((roots[part, None, None, None] * self.a[part]).flatten(0, 1))
+            total += second_moment((roots[part, None, None, None] * self.a[part]).flatten(0, 1))
         count = float(examples if weights is None else weights.sum())
         return total, positions * count if self.rows is None else self.rows
 
@@ -381,31 +410,6 @@ class OuterProduct(LayerJacobian):
         if list(sizes) != [self.shape[2]]:
             raise ValueError(f"A weight of {self.shape[2]} entries cannot be cut into {list(sizes)}.")
         yield self
-
-
-def _second_moment(rows: Tensor) -> Tensor:
-    """`sum_r x_r x_r^T` for each group, `(R, G, D) -> (G, D, D)`."""
-    if rows.shape[1] == 1:
-        return _symmetric_product(rows[:, 0])[None]
-    rows = rows.transpose(0, 1)
-    return rows.mT @ rows
-
-
-def _symmetric_product(rows: Tensor, blocks: int = 4) -> Tensor:
-    """`X^T X` of `X` `(R, D)`; of a large one the upper triangle only, in stripes, and its mirror image.
-
-    Torch has no symmetric rank-k update. Four stripes need 5/8 of the multiplications and cost no speed.
-    """
-    size = rows.shape[1]
-    if size < 256 or len(rows) < size:
-        return rows.T @ rows
-    out = rows.new_empty(size, size)
-    width = -(-size // blocks)
-    for start in range(0, size, width):
-        here = slice(start, start + width)
-        out[here, start:] = rows[:, here].T @ rows[:, start:]
-        out[start + width :, here] = out[here, start + width :].T
-    return out
 
 
 def concatenated(parts: Sequence[OuterProduct]) -> OuterProduct:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributions import Categorical as CategoricalDistribution
 
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.columns.sampling import Draws
 from lapkit.curvature.likelihoods.likelihood import ALL, Likelihood, same_length
 
+PROBABILITIES = 1e-3  # how far rows may be from a sum of one, in any floating type
 NEEDS_TARGETS = "With weights the Hessian depends on the targets: give them, hessian_root(f, y)."
 
 
@@ -44,6 +47,18 @@ def check_count(weights: Tensor | None, f: Tensor) -> None:
     """
     if weights is not None and len(weights) != f.shape[-1]:
         raise ValueError(f"The likelihood has {len(weights)} weights for {f.shape[-1]} outputs.")
+
+
+def _warn_of_probabilities(f: Tensor) -> None:
+    """Tell that outputs are no logits, where a softmax has been taken already."""
+    f = f.detach()
+    if bool((f >= 0).all()) and bool(((f.sum(-1) - 1).abs() < PROBABILITIES).all()):
+        warnings.warn(
+            "The model's outputs look like probabilities: none is negative, and those of each example sum to one. "
+            "Classification takes logits, of which it takes the softmax itself: leave out the last nn.Softmax, "
+            "or give logarithms, as nn.LogSoftmax does.",
+            stacklevel=callers_level(),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +119,7 @@ class Categorical(Likelihood):
             raise TypeError(f"Expected class indices of an integer type, got {y.dtype}. Convert them with .long().")
         y = y.reshape(f.shape[:-1]).to(f.device, torch.long)
         self._check_range(y[y != self.ignore_index], f.shape[-1])
+        _warn_of_probabilities(f)
         return y
 
     def _check_range(self, labels: Tensor, outputs: int) -> None:

@@ -145,6 +145,10 @@ class Likelihood(ABC):
     def predictive(self, mean: Tensor, covariance: Tensor) -> Distribution:
         """`p(y)` for Gaussian outputs `f ~ N(mean, covariance)`, of shapes as for `expectation`."""
 
+    def predicted_outputs(self, fitted: float) -> tuple[float, ...]:
+        """How many outputs an input may have when predicting: as many as those that were fitted, as a rule."""
+        return (fitted,)
+
     @property
     def precision(self) -> Tensor | float:
         """What multiplies the loss, 1 unless the likelihood has a dispersion."""

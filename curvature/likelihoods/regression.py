@@ -100,7 +100,7 @@ class Gaussian(DiagonalLikelihood):
     @property
     def precision(self) -> Tensor | float:
         """`1 / noise^2`."""
-        return self.noise**-2
+        return 1 / self.noise**2  # a negative power is an error for integers
 
     def log_normaliser(self, count: float, outputs: float) -> Tensor | float:
         """`-count * outputs * log(noise * sqrt(2 pi))`."""
@@ -177,7 +177,7 @@ class PerOutputGaussian(DiagonalLikelihood):
     @property
     def precision(self) -> Tensor | float:
         """`1 / scale^2`."""
-        return self.scale**-2
+        return 1 / self.scale**2  # a negative power is an error for integers
 
     def log_normaliser(self, count: float, outputs: float) -> Tensor | float:
         """`-count * T * sum_c log(scale * noise_c * sqrt(2 pi))`, `outputs = T C`."""
@@ -234,6 +234,17 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
     def expectation(self, mean: Tensor, covariance: Tensor) -> Tensor:
         """The means `(N, D)`, exactly."""
         return self.inverse_link(mean)
+
+    def with_noise(self, noise: Tensor | float) -> HeteroscedasticGaussian:
+        """Refused.
+
+        Raises:
+            ValueError: always, as the noise is an output.
+        """
+        raise ValueError(
+            "HeteroscedasticGaussian has no observation noise to set or tune: the network predicts it, and training "
+            "has found it. Train on, or take PerOutputGaussian, whose noise does not depend on the input."
+        )
 
     def predictive(self, mean: Tensor, covariance: Tensor) -> MultivariateNormal:
         """The Gaussian with the exact mean and covariance of y, `Cov[m] + diag(E[exp(s)])`.

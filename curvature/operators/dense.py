@@ -88,11 +88,12 @@ class Dense(SymmetricOperator):
 
     def _logdet_ratio(self, delta: Tensor) -> Tensor:
         """`log det(I + D^{-1/2} A D^{-1/2})`, whose eigenvalues are at least one however far the shifts are apart."""
+        delta = delta.double()  # in float64 the quotient of a large entry and a tiny shift is finite, and its gradient
         if delta.ndim == 0:
-            return (self.eigenvalues / delta).log1p().sum()
+            return (self.eigenvalues.double() / delta).log1p().sum().to(self.dtype)
         root = delta.rsqrt()
-        eye = torch.eye(self.size, dtype=self.dtype, device=self.device)
-        return logdet_from_one(root[:, None] * self.matrix * root + eye)
+        eye = torch.eye(self.size, dtype=delta.dtype, device=self.device)
+        return logdet_from_one(root[:, None] * self.matrix.double() * root + eye).to(self.dtype)
 
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""

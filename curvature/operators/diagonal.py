@@ -50,7 +50,8 @@ class Diagonal(SymmetricOperator):
         return self.values.log().sum()
 
     def _logdet_ratio(self, delta: Tensor) -> Tensor:
-        return (self.values / delta).log1p().sum()
+        """In float64, where the quotient of a large entry and a tiny shift is finite."""
+        return (self.values.double() / delta.double()).log1p().sum().to(self.dtype)
 
     def scale(self, factor: Tensor | float) -> Diagonal:
         """See `SymmetricOperator.scale`."""

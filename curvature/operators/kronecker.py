@@ -81,6 +81,14 @@ class Kronecker(SymmetricOperator):
         """The sum of the logarithms of the eigenvalues."""
         return self.values.log().sum()
 
+    def _logdet_ratio(self, delta: Tensor) -> Tensor:
+        """By eigenvalues, in float64, where the quotient of a large one and a tiny shift is finite."""
+        shift = self._rotated(delta).double()
+        ratio = (self.values.double() / shift).log1p().sum()
+        if delta.ndim:
+            ratio = ratio + shift.log().sum() - delta.double().log().sum()
+        return ratio.to(self.dtype)
+
     def scale(self, factor: Tensor | float) -> Kronecker:
         """See `SymmetricOperator.scale`."""
         return replace(self, values=self.values * factor)
@@ -126,12 +134,16 @@ class Kronecker(SymmetricOperator):
         one, so that an evidence errs to the low side. Within equal eigenvalues of a factor, where any basis would do,
         the diagonal is averaged, so that the result does not depend on the basis found.
         """
-        if delta.ndim:
-            delta = delta.reshape(self.values.shape)
-            if self.left is not None:
-                delta = (self.left.square() if self.left_squares is None else self.left_squares).mT @ delta
-            delta = delta @ (self.right.square() if self.right_squares is None else self.right_squares)
-        return replace(self, values=self.values + delta)
+        return replace(self, values=self.values + self._rotated(delta))
+
+    def _rotated(self, delta: Tensor) -> Tensor:
+        """The diagonal of `U^T diag(delta) U`, averaged as `_shift` says, `(G, R, C)`; or the one number."""
+        if delta.ndim == 0:
+            return delta
+        delta = delta.reshape(self.values.shape)
+        if self.left is not None:
+            delta = (self.left.square() if self.left_squares is None else self.left_squares).mT @ delta
+        return delta @ (self.right.square() if self.right_squares is None else self.right_squares)
 
     def _rotate(self, vectors: Tensor) -> Tensor:
         """`U` times vectors `(P, M)`."""

@@ -61,6 +61,9 @@ class KroneckerProduct(SymmetricOperator):
         """See `SymmetricOperator.logdet`."""
         return self.eigen.logdet()
 
+    def _logdet_ratio(self, delta: Tensor) -> Tensor:
+        return self.eigen.logdet_ratio(delta)
+
     def scale(self, factor: Tensor | float) -> SymmetricOperator:
         """See `SymmetricOperator.scale`."""
         return self.eigen.scale(factor)

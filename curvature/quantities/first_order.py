@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.columns.columns import LossGradient
+from lapkit.curvature.jacobians.conversion import converted
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities.quantity import GGNDense, Quantity, add_to, with_tensors
+from lapkit.curvature.quantities.quantity import GGNDense, Quantity, add_to
 from lapkit.curvature.quantities.results import Sum
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class GradientMoments(GradientSum):
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
         """See `Quantity.update`."""
-        double = with_tensors(lambda t: t.double() if t.is_floating_point() else t, jacobian)
+        double = converted(jacobian, torch.float64)
         add_to(
             self.sums,
             f"sum/{name}",

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from itertools import accumulate, combinations_with_replacement
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from lapkit.curvature.columns.columns import LossGradient
+from lapkit.curvature.jacobians.conversion import mapped
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, summable
 from lapkit.curvature.jacobians.outer_product import OuterProduct
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities.quantity import Quantity, with_tensors
+from lapkit.curvature.quantities.quantity import Quantity
 from lapkit.curvature.quantities.results import PerExample
 
 
@@ -146,9 +147,9 @@ class GradientGram(_Factored):
         return GramMatrix(self.shapes, {"matrix": matrix.triu() + matrix.triu(1).T}, self.count, self.about)
 
 
-def copied(value: Any) -> Any:
+def copied(value: LayerJacobian) -> LayerJacobian:
     """A Jacobian with memory of its own: data loaders may fill the same tensors with the next batch."""
-    return with_tensors(Tensor.clone, value)
+    return mapped(value, Tensor.clone)
 
 
 def inner_products(one: LayerJacobian, two: LayerJacobian, budget: int = 2**28) -> Tensor:

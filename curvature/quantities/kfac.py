@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lapkit.curvature.columns.columns import Columns
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, averaged
+from lapkit.curvature.jacobians.moments import add_second_moment, mirrored
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.diagonal import Diagonal
 from lapkit.curvature.operators.kronecker_product import KroneckerProduct
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities.quantity import Quantity, add_to
+from lapkit.curvature.quantities.quantity import Quantity, add_to, check_same_form
 from lapkit.curvature.quantities.results import CurvatureSum
 
 Setting = Literal["expand", "reduce"]
@@ -106,6 +107,7 @@ class GGNKronecker(Quantity):
         self.setting = setting
         self.about["setting"] = setting
         self.sums: dict[str, Tensor] = {}
+        self.halves: dict[str, Tensor] = {}  # sums of second moments, see `add_second_moment`
         self._weights: Tensor | None = None
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -118,22 +120,52 @@ class GGNKronecker(Quantity):
         """See `Quantity.update`; inputs are the same for all columns and count once."""
         if self.setting == "reduce":
             jacobian = jacobian.reduced()
-        add_to(self.sums, f"output/{name}", self._output_moment(jacobian))
+        self._add_outputs(f"output/{name}", jacobian)
         if first:
-            moment, count = jacobian.input_moment(self._weights)
-            add_to(self.sums, f"input/{name}", moment)
+            count = self._add_inputs(f"input/{name}", jacobian)
             add_to(self.sums, f"positions/{name}", torch.as_tensor(count, dtype=torch.float64))
             if jacobian.transposed:
                 self.sums[f"transposed/{name}"] = torch.tensor(True)
 
-    def _output_moment(self, jacobian: LayerJacobian) -> Tensor:
+    def _add_outputs(self, key: str, jacobian: LayerJacobian) -> None:
         """Weight and bias of a layer are sent the same cotangent, one after the other: its moment is computed once."""
         cotangent = jacobian.sole_cotangent()
         if cotangent is None:
-            return jacobian.output_moment()
+            self._add(key, jacobian.output_moment())
+            return
+        total = self._half(key, cotangent)
         if self._last is None or not _same_memory(self._last[0], cotangent):
-            self._last = cotangent, jacobian.output_moment()
-        return self._last[1]
+            moment = torch.zeros_like(total)
+            add_second_moment(moment, cotangent.flatten(0, 1))
+            self._last = cotangent, moment
+        total += self._last[1]
+
+    def _add_inputs(self, key: str, jacobian: LayerJacobian) -> float | Tensor:
+        """Add A's moment, and return the number of its rows."""
+        rows = jacobian.sole_input() if self._weights is None else None
+        if rows is None:
+            moment, count = jacobian.input_moment(self._weights)
+            self._add(key, moment)
+            return count
+        add_second_moment(self._half(key, rows), rows)
+        return len(rows)
+
+    def _half(self, key: str, rows: Tensor) -> Tensor:
+        """The sum that second moments of such rows are added to."""
+        size = rows.shape[-1]
+        total = self.halves.get(key)
+        if total is None:
+            if key in self.sums:
+                check_same_form(key, self.sums[key].shape, torch.Size((1, size, size)))
+            total = self.halves[key] = rows.new_zeros(size, size)
+        check_same_form(key, total.shape, torch.Size((size, size)))
+        return total
+
+    def _add(self, key: str, moment: Tensor) -> None:
+        """Add moments of any form."""
+        if key in self.halves:
+            check_same_form(key, self.halves[key][None].shape, moment.shape)
+        add_to(self.sums, key, moment)
 
     def end_columns(self) -> None:
         """Let go of the cotangent."""
@@ -141,7 +173,11 @@ class GGNKronecker(Quantity):
 
     def result(self) -> KroneckerSum:
         """See `Quantity.result`."""
-        return KroneckerSum(self.shapes, {k: t.clone() for k, t in self.sums.items()}, self.count, self.about)
+        tensors = {key: total.clone() for key, total in self.sums.items()}
+        for key, half in self.halves.items():
+            moment = mirrored(half.clone())[None]
+            tensors[key] = tensors[key] + moment if key in tensors else moment
+        return KroneckerSum(self.shapes, tensors, self.count, self.about)
 
 
 def _same_memory(one: Tensor, two: Tensor) -> bool:

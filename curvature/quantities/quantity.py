@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 from torch import Tensor
@@ -123,17 +122,6 @@ def _field(value: object) -> str:
     return described(value) if is_dataclass(value) else repr(value)
 
 
-def with_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A Jacobian with other tensors in place of its own."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple):
-        return tuple(with_tensors(function, part) for part in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: with_tensors(function, getattr(value, f.name)) for f in fields(value)})
-    return value
-
-
 def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
     """Add in place; the first value is copied, since two parameters may have been handed the same.
 
@@ -141,16 +129,25 @@ def add_to(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
         ValueError: if the shape differs from that of earlier batches; it must not be broadcast.
     """
     if key in sums:
-        if sums[key].shape != value.shape:
-            raise ValueError(
-                f"Parameter {key.partition('/')[2]!r} is used in another way in this batch than before: its curvature "
-                f"has the form {tuple(value.shape)} after {tuple(sums[key].shape)}. Use batches that take the same "
-                "path through the model, of more than one example each (drop_last=True, or another batch size), or a "
-                "structure without Kronecker factors."
-            )
+        check_same_form(key, sums[key].shape, value.shape)
         sums[key] += value
     else:
         sums[key] = value.clone()
+
+
+def check_same_form(key: str, before: torch.Size, now: torch.Size) -> None:
+    """Refuse to add what has another shape than the sum of earlier batches.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    if before != now:
+        raise ValueError(
+            f"Parameter {key.partition('/')[2]!r} is used in another way in this batch than before: its curvature has "
+            f"the form {tuple(now)} after {tuple(before)}. Use batches that take the same path through the model, of "
+            "more than one example each (drop_last=True, or another batch size), or a structure without Kronecker "
+            "factors."
+        )
 
 
 @final
@@ -182,7 +179,11 @@ class GGNDiagonal(Quantity):
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
         """See `Quantity.update`."""
-        add_to(self.sums, f"value/{name}", jacobian.square_sum())
+        key = f"value/{name}"
+        if key not in self.sums:
+            like = summable(self.parameters.tensors[0].detach())
+            self.sums[key] = like.new_zeros(jacobian.shape[2])
+        jacobian.add_square_sum(self.sums[key])
 
     def result(self) -> DiagonalSum:
         """See `Quantity.result`."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.capture.forward import ForwardFunction
+from lapkit.curvature.fingerprint import fingerprint
 from lapkit.curvature.inputs import can_be_cut, cut, map_tensors
 from lapkit.curvature.jacobians.conversion import converted
 from lapkit.curvature.jacobians.jacobian import NetworkJacobian
@@ -17,8 +18,6 @@ from lapkit.curvature.parameters import Parameters, borrowed
 from lapkit.posteriors.function_space.differentiable import differentiable_jacobian
 from lapkit.posteriors.function_space.rows import TangentRows
 from lapkit.posteriors.priors import GaussianPrior
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Tangents:
@@ -126,9 +125,3 @@ class Tangents:
                 yield from self._captured(cut(x, slice(start, start + step)))
             return
         yield backprop.output.detach(), backprop.jacobian()
-
-
-def fingerprint(model: nn.Module) -> list[int]:
-    """One number for each parameter and buffer, in which a change shows: the sum of its bits taken as integers."""
-    real = [torch.view_as_real(p) if p.is_complex() else p for p in (*model.parameters(), *model.buffers())]
-    return [int(p.detach().contiguous().view(_INTEGERS[p.element_size()]).sum()) for p in real]

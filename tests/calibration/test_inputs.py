@@ -8,14 +8,24 @@ import torch
 
 from lapkit.calibration import (
     accuracy,
+    adaptive_calibration_error,
     auroc,
     brier,
+    brier_decomposition,
+    classwise_calibration_error,
+    debiased_calibration_error,
     entropy,
     event_reliability_curve,
     expected_calibration_error,
+    murphy_decomposition,
     nll,
     nll_from_logits,
     reliability_curve,
+    risk_coverage_curve,
+    smooth_calibration_error,
+    sweep_calibration_error,
+    thresholded_adaptive_calibration_error,
+    top_k_accuracy,
 )
 
 P = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3]], dtype=torch.float64)
@@ -29,6 +39,16 @@ SCORES = {
     "equal mass": lambda p, y: expected_calibration_error(p, y, bins=2, binning="equal_mass"),
     "chance": lambda p, y: reliability_curve(p, y, bins=2).expected_by_chance,
     "entropy": lambda p, y: entropy(p).sum().item() + 0 * len(y),
+    "top 1": lambda p, y: top_k_accuracy(p, y, k=1),
+    "classwise": classwise_calibration_error,
+    "adaptive": adaptive_calibration_error,
+    "thresholded": thresholded_adaptive_calibration_error,
+    "debiased": debiased_calibration_error,
+    "sweep": sweep_calibration_error,
+    "smooth": smooth_calibration_error,
+    "CORP": lambda p, y: brier_decomposition(p, y).score,
+    "Murphy": lambda p, y: murphy_decomposition(p, y).score,
+    "risk": lambda p, y: risk_coverage_curve(p, y).aurc,
 }
 
 

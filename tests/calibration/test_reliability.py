@@ -13,6 +13,7 @@ from lapkit.calibration import (
     expected_calibration_error,
     reliability_curve,
 )
+from lapkit.calibration.binning import equal_width
 
 BINNINGS = ["equal_width", "equal_mass"]
 
@@ -28,8 +29,16 @@ def loop_equal_width(confidence, outcome, bins):
 
 
 def loop_equal_mass(confidence, outcome, bins):
+    """Parts of equal size; examples of equal confidence all go to the part of the middle one of them."""
     order = sorted(range(len(confidence)), key=lambda n: confidence[n])
-    return [[(confidence[n], outcome[n]) for n in part] for part in np.array_split(order, bins)]
+    parts = np.array_split(order, bins)
+    home = {n: m for m, part in enumerate(parts) for n in part}
+    members = [[] for _ in range(bins)]
+    for value in sorted(set(confidence)):
+        equal = [n for n in order if confidence[n] == value]
+        middle = equal[(len(equal) - 1) // 2]
+        members[home[middle]].extend((confidence[n], outcome[n]) for n in equal)
+    return members
 
 
 LOOPS = {"equal_width": loop_equal_width, "equal_mass": loop_equal_mass}
@@ -127,10 +136,16 @@ def test_equal_mass_edges_enclose_their_bins():
     assert curve.count.tolist() == [11, 11, 11, 10, 10, 10, 10, 10, 10, 10]
 
 
-def test_equal_mass_parts_ties_in_their_order():
-    confidence = torch.full((4,), 0.5)
-    curve = event_reliability_curve(confidence, torch.tensor([1, 1, 0, 0]), bins=2, binning="equal_mass")
-    assert curve.accuracy.tolist() == [1, 0]
+def test_equal_mass_keeps_ties_together():
+    confidence = torch.tensor([0.2, 0.5, 0.5, 0.5, 0.5, 0.9])
+    curve = event_reliability_curve(confidence, torch.tensor([0, 1, 1, 0, 0, 1]), bins=3, binning="equal_mass")
+    assert curve.count.tolist() == [1, 4, 1]
+    assert curve.accuracy.tolist() == [0, 0.5, 1]
+    alike = event_reliability_curve(
+        confidence * 0 + 0.5, torch.tensor([0, 1, 1, 0, 0, 1]), bins=3, binning="equal_mass"
+    )
+    assert alike.count.tolist() == [0, 6, 0]
+    assert alike.ece == 0
 
 
 def test_more_bins_than_examples_leaves_the_last_empty():
@@ -170,9 +185,10 @@ def test_the_curve_is_frozen():
         curve.count = torch.tensor([2])
 
 
+@pytest.mark.parametrize("kind", ["continuous", "on the edges", "saturated"])
 @pytest.mark.parametrize("binning", BINNINGS)
-def test_order_does_not_matter(binning):
-    confidence, occurred = events("continuous", 500, seed=5)
+def test_order_does_not_matter(binning, kind):
+    confidence, occurred = events(kind, 500, seed=5)
     shuffle = torch.from_numpy(np.random.default_rng(1).permutation(500))
     curve = event_reliability_curve(confidence, occurred, binning=binning)
     shuffled = event_reliability_curve(confidence[shuffle], occurred[shuffle], binning=binning)
@@ -224,3 +240,19 @@ def test_a_calibrated_classifier_shows_the_error_expected_by_chance():
     curves = [reliability_curve(p, torch.multinomial(p, 1, generator=generator)[:, 0]) for _ in range(200)]
     mean_error = np.mean([curve.ece for curve in curves])
     assert mean_error == pytest.approx(np.mean([curve.expected_by_chance for curve in curves]), rel=0.05)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 7, 10, 15, 100, 1024, 99_999])
+def test_guessed_bins_are_those_of_a_search(bins):
+    generator = torch.Generator().manual_seed(0)
+    edges = torch.arange(bins + 1, dtype=torch.float64) / bins
+    near = [torch.nextafter(edges.float(), torch.tensor(to, dtype=torch.float32)).double() for to in (-1.0, 2.0)]
+    confidence = torch.cat((edges, 1 - edges, *near, torch.rand(1000, generator=generator), torch.tensor([1.03])))
+    found_edges, index = equal_width(confidence.clamp(min=0), bins)
+    assert torch.equal(found_edges, edges)
+    assert torch.equal(index, torch.bucketize(confidence.clamp(min=0).float(), edges[1:-1].float()))
+
+
+def test_more_bins_than_a_guess_can_tell_apart_are_refused():
+    with pytest.raises(ValueError, match=r"bins is 100001, expected at most 100000"):
+        event_reliability_curve(torch.tensor([0.5]), torch.tensor([1]), bins=100_001)

@@ -7,7 +7,18 @@ import pytest
 import torch
 from sklearn import metrics
 
-from lapkit.calibration import accuracy, brier, nll, nll_from_logits
+from lapkit.calibration import (
+    accuracy,
+    brier,
+    brier_scores,
+    correct,
+    log_losses,
+    log_losses_from_logits,
+    nll,
+    nll_from_logits,
+    top_k_accuracy,
+)
+from lapkit.calibration.top_label import TIES_UP_TO, top_label_outcome
 
 CLASSES = [2, 3, 10]
 
@@ -83,3 +94,65 @@ def test_order_does_not_matter(score):
     p = logits.softmax(dim=1)
     shuffle = torch.from_numpy(np.random.default_rng(1).permutation(len(y)))
     assert score(p[shuffle], y[shuffle]) == pytest.approx(score(p, y), abs=1e-13)
+
+
+@pytest.mark.parametrize("classes", CLASSES)
+def test_top_k_agrees_with_scikit_learn(classes):
+    logits, y = problem(classes)
+    p = logits.softmax(dim=1)
+    assert top_k_accuracy(p, y, k=1) == accuracy(p, y)
+    assert top_k_accuracy(p, y, k=classes) == 1
+    for k in range(1, classes):
+        known = metrics.top_k_accuracy_score(y.numpy(), (p if classes > 2 else p[:, 1]).numpy(), k=k)
+        assert top_k_accuracy(p, y, k=k) == pytest.approx(known, abs=1e-15)
+
+
+def test_of_equal_classes_the_earlier_rank_higher():
+    p = torch.tensor([[0.25, 0.25, 0.25, 0.25]])
+    assert [[top_k_accuracy(p, torch.tensor([y]), k=k) for k in (1, 2, 3)] for y in range(4)] == [
+        [1, 1, 1],
+        [0, 1, 1],
+        [0, 0, 1],
+        [0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("k", [0, -1, 4])
+def test_numbers_of_classes_that_are_none_are_refused(k):
+    with pytest.raises(ValueError, match=rf"k is {k}, expected at (least 1|most the number of classes, 3)"):
+        top_k_accuracy(torch.eye(3), torch.tensor([0, 1, 2]), k=k)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_the_top_label_is_that_of_a_search(classes, dtype):
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(3000, classes, generator=generator).softmax(dim=1)
+    for rows in (p, (p * 4).round() + 1, torch.ones_like(p)):
+        table = (rows / rows.sum(dim=1, keepdim=True)).to(dtype)
+        y = torch.randint(classes, (3000,), generator=generator)
+        confidence, right = top_label_outcome(table, y)
+        top, predicted = table.max(dim=1)
+        assert torch.equal(confidence, top.double())
+        # torch promises no order among equals of max; argmax of numpy gives the first.
+        first = torch.from_numpy(table.double().numpy().argmax(axis=1))
+        assert torch.equal(right > 0, first == y)
+        assert accuracy(table, y) == (first == y).double().mean().item()
+        assert predicted.shape == y.shape
+
+
+def test_no_tie_is_above_the_bound():
+    # The largest row sum that is let through, of two equal classes in bfloat16.
+    assert TIES_UP_TO > (1 + 3e-2) / 2
+
+
+def test_scores_are_means_of_those_of_each_example():
+    logits, y = problem(4)
+    p = logits.softmax(dim=1)
+    pairs = {accuracy: correct, nll: log_losses, brier: brier_scores}
+    for mean, each in pairs.items():
+        values = each(p, y)
+        assert values.shape == y.shape
+        singles = [mean(p[n : n + 1], y[n : n + 1]) for n in range(20)]
+        assert values[:20].tolist() == pytest.approx(singles, abs=1e-14)
+    assert log_losses_from_logits(logits, y).tolist() == pytest.approx(log_losses(p, y).tolist(), abs=1e-12)

@@ -42,6 +42,27 @@ def test_unbatch_a_cotangent_that_is_the_same_for_all_columns():
     torch.testing.assert_close(internals.unbatch(c, 4), c.expand(4, 3))
 
 
+def test_leaf_of():
+    """AccumulateGrad.variable: the parameter that a leaf of the tape belongs to."""
+    w = torch.randn(3, requires_grad=True)
+
+    class Keeps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, t):
+            ctx.variable = w  # another kind of node may use the name for itself
+            return t.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    node = Keeps.apply(w).grad_fn
+    assert internals.leaf_of(node) is None
+    leaf = node.next_functions[0][0]
+    assert internals.leaf_of(leaf) is w
+    assert torch.autograd.graph.get_gradient_edge(w).node is leaf
+
+
 X, W, B = (
     torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(4, 3), (3, 2), (2,)])
 )

@@ -20,7 +20,7 @@ from lapkit.curvature import (
     accumulate,
     borrowed,
 )
-from lapkit.curvature.jacobians.outer_product import _symmetric_product, concatenated
+from lapkit.curvature.jacobians.outer_product import concatenated
 from lapkit.curvature.jacobians.patches import Patches
 
 
@@ -305,31 +305,3 @@ def test_jacobians_do_not_depend_on_the_budget(convolutions, budget):
     assert budget > 1 or cut == 4  # of the five; the shared one is used twice and has to be put together
     for actual, expected in zip(small, large, strict=True):
         close(actual, expected)
-
-
-@pytest.mark.parametrize("size", [1, 255, 256, 257, 300, 511])
-@pytest.mark.parametrize("more", [-1, 0, 40])
-def test_symmetric_products(size, more):
-    """From 256 columns on only the upper triangle is multiplied, if there are as many rows."""
-    rows = torch.randn(max(size + more, 1), size)
-    actual = _symmetric_product(rows)
-    torch.testing.assert_close(actual, rows.T @ rows, rtol=1e-11, atol=1e-10)
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7])
-def test_symmetric_products_in_any_number_of_stripes(blocks):
-    rows = torch.randn(300, 259)
-    actual = _symmetric_product(rows, blocks)
-    torch.testing.assert_close(actual, rows.T @ rows, rtol=1e-11, atol=1e-10)
-
-
-def test_kronecker_factors_of_a_wide_layer():
-    """Both factors are of more than 256 rows, and a sum over more examples than that."""
-    model, x, y = nn.Linear(260, 257), torch.randn(300, 260), torch.randint(257, (300,))
-    parameters = Parameters.of(model, ["weight"])
-    kronecker = GGNKronecker(parameters)
-    accumulate(model, parameters, Categorical(), GGN(), [(x, y)], [kronecker])
-    B, A = kronecker.result().factors("weight")
-    p = model(x).detach().softmax(-1)
-    torch.testing.assert_close(A[0], x.T @ x / 300, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(B[0], torch.diag(p.sum(0)) - p.T @ p, rtol=1e-8, atol=1e-10)

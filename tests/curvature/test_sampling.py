@@ -160,8 +160,8 @@ def test_numbers_and_keys_are_those_of_the_cpu():
 # -- keys
 
 
-def hash_in_python(rows):
-    """The key of each example of one tensor, given as rows of 16-bit words, in Python's integers."""
+def hash_in_python(*tensors):
+    """The key of each example of one or several tensors, given as rows of 16-bit words, in Python's integers."""
     full = (1 << 64) - 1
     signed = lambda z, bits: z - (1 << bits) * (z >> bits - 1)  # noqa: E731
 
@@ -170,14 +170,16 @@ def hash_in_python(rows):
         z = ((z ^ z >> 27) * 0x94D049BB133111EB) & full
         return z ^ z >> 31
 
-    def key(row):
-        total = 0
-        for j in range(4):
-            multipliers = (signed(mixed(4 * place + j + 1) >> 43, 21) for place in range(len(row)))
-            total = (mixed(total) + sum(r * signed(w, 16) for r, w in zip(multipliers, row, strict=True))) & full
-        return mixed((mixed(1) + total) & full)
+    def key(*rows):
+        sums = [j << 60 for j in range(4)]
+        for number, row in enumerate(rows):
+            for j in range(4):
+                places = ((number << 40) + 4 * place + j + 1 for place in range(len(row)))
+                multipliers = (signed(mixed(place) >> 43, 21) for place in places)
+                sums[j] += sum(r * signed(w, 16) for r, w in zip(multipliers, row, strict=True))
+        return mixed(sum(mixed(total & full) for total in sums) & full)
 
-    return [signed(key(row), 64) for row in rows]
+    return [signed(key(*rows), 64) for rows in zip(*tensors, strict=True)]
 
 
 def words_in_python(numbers, size):
@@ -189,7 +191,9 @@ def test_keys_are_a_hash_of_the_example():
     x = torch.randint(-(2**63), 2**63 - 1, (5, 3))
     assert example_keys(x, 5).tolist() == hash_in_python(words_in_python(x.tolist(), 8))
     floats = torch.randn(5, 3, dtype=torch.float32)
-    assert example_keys(floats, 5).tolist() == hash_in_python(words_in_python(floats.view(torch.int32).tolist(), 4))
+    words = words_in_python(floats.view(torch.int32).tolist(), 4)
+    assert example_keys(floats, 5).tolist() == hash_in_python(words)
+    assert example_keys((x, floats), 5).tolist() == hash_in_python(words_in_python(x.tolist(), 8), words)
 
 
 def test_sums_of_the_largest_words_are_exact():

@@ -1,3 +1,4 @@
+import copy
 import re
 from dataclasses import fields
 
@@ -6,7 +7,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from lapkit import cli, demo
+from lapkit.calibration import TemperatureScaling
 from lapkit.datasets import digits
+from lapkit.demo_networks import train_together
 
 
 @pytest.fixture(autouse=True)
@@ -17,25 +20,67 @@ def single_precision():
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     torch.set_default_dtype(torch.float32)
-    return demo.run(out=tmp_path_factory.mktemp("out"), progress_bar=False)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "OTHERS", 1)  # a smaller ensemble, for the time it takes
+        return demo.run(out=tmp_path_factory.mktemp("out"), progress_bar=False)
 
 
 def test_every_posterior_improves_an_overconfident_network(report):
-    map_row, *rows = report.rows
-    assert map_row.name == "MAP"
+    map_row, tempered, *rows, ensemble = report.rows
+    assert [map_row.name, tempered.name, ensemble.name] == ["MAP", "MAP + temperature", "ensemble of 2"]
     assert len(rows) == 4
     for row in rows:
         assert row.nll < 0.6 * map_row.nll
         assert row.ece < 0.7 * map_row.ece
         assert row.accuracy == pytest.approx(map_row.accuracy, abs=0.02)
         assert row.log_evidence < 0
+    assert tempered.nll < 0.6 * map_row.nll
+    assert ensemble.nll < 0.8 * map_row.nll
+    assert ensemble.accuracy > map_row.accuracy
+    assert tempered.log_evidence is ensemble.log_evidence is None
+    assert tempered.accuracy == map_row.accuracy
+
+
+def test_networks_trained_together_are_those_trained_alone():
+    data = digits(noise=0.5, train=200)
+    torch.manual_seed(3)
+    alone = [demo.network(8) for _ in range(2)]
+    together = copy.deepcopy(alone)
+    for model, seed in zip(alone, (4, 5), strict=True):
+        demo.train(model, data, epochs=2, seed=seed, progress_bar=False)
+    train_together(together, data, epochs=2, seeds=(4, 5), progress_bar=False)
+    for one, two in zip(alone, together, strict=True):
+        for a, b in zip(one.parameters(), two.parameters(), strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
+            assert b.requires_grad
+
+
+def test_each_temperature_is_fitted_to_the_other_half():
+    data = digits(noise=0.5, train=200)
+    torch.manual_seed(3)
+    model = demo.network(8)
+    demo.train(model, data, epochs=10, seed=0, progress_bar=False)
+    plain, tempered = demo._of_map(model, data)
+    logits = plain.inside.double().log()
+    for half in (0, 1):
+        scaling = TemperatureScaling.fit(logits[1 - half :: 2], data.test_y[1 - half :: 2])
+        assert torch.allclose(tempered.inside[half::2], scaling(logits[half::2]), atol=1e-5)
 
 
 def test_pictures_are_written(report):
     assert [p.name for p in report.pictures] == ["reliability.png", "certain_and_uncertain.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in report.pictures)
+    assert report.page.name == "report.html"
+    assert report.page.read_text().count("<img") == 9 + 12  # diagrams and digits
 
 
+@pytest.fixture
+def _hasty(monkeypatch):
+    monkeypatch.setattr(demo, "OTHERS", 1)
+    monkeypatch.setattr(demo, "QUICK_EPOCHS", 8)
+
+
+@pytest.mark.usefixtures("_hasty")
 def test_the_same_seed_gives_the_same_table(tmp_path):
     torch.manual_seed(1)
     state = torch.get_rng_state()
@@ -56,6 +101,7 @@ def test_the_table_has_a_line_for_each_posterior(report):
     assert f"{report.pruned.obd_accuracy:.3f} by curvature" in text
 
 
+@pytest.mark.usefixtures("_hasty")
 def test_the_command_prints_the_table(capsys, tmp_path):
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "new")]) == 0
     assert "kron, all layers" in capsys.readouterr().out

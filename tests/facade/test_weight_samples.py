@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributions import Categorical, MultivariateNormal
 
 from lapkit import Laplace
-from lapkit.curvature import HeteroscedasticGaussian, PerOutputGaussian, Poisson
-from lapkit.posteriors import weight_samples
+from lapkit.curvature import Engine, HeteroscedasticGaussian, Parameters, PerOutputGaussian, Poisson, borrowed
+from lapkit.posteriors import network_outputs, weight_samples
 
 
 def seeded(seed=3):
@@ -174,6 +174,53 @@ def test_positions_have_moments_each():
     torch.testing.assert_close(variance, f.var(0))
 
 
+class Ends(nn.Module):
+    """A body and a last layer, and something that keeps the one from being run without the other."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.calls = how, 0
+        self.body, self.last = nn.Linear(3, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.body(x).tanh()
+        if self.how == "used before":
+            x = x @ self.last.weight
+        if self.how == "called twice":
+            x = self.last(x)
+        if self.how == "by keyword":
+            return self.last(input=x)
+        f = self.last(x)
+        if self.how == "input changed":
+            x.zero_()
+        return f + 1 if self.how == "changed after" else f
+
+
+@pytest.mark.parametrize(
+    ("how", "passes"),
+    [
+        ("nothing", 1),
+        ("used before", 6),
+        ("called twice", 6),
+        ("by keyword", 6),
+        ("changed after", 6),
+        ("input changed", 6),
+    ],
+)
+def test_the_body_runs_once_only_where_the_last_layer_ends_the_network(how, passes):
+    model, x = Ends(how).double(), torch.randn(4, 3, dtype=torch.float64)
+    weights = torch.randn(5, 6, dtype=torch.float64)
+    parameters = Parameters.of(model, ["last"])
+    engine = Engine(model, parameters)
+    expected = outputs_at(model, ["last.weight", "last.bias"], weights, x)
+    model.calls = 0
+    with borrowed(model, parameters), torch.no_grad():
+        found = torch.stack(list(network_outputs(engine, x, weights)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert model.calls == passes
+
+
 class Fails(nn.Module):
     def __init__(self):
         super().__init__()
@@ -183,7 +230,7 @@ class Fails(nn.Module):
         self.calls -= 1
         if self.calls < 0:
             raise ArithmeticError("stop")
-        return self.linear(x)
+        return self.linear(x).clone()  # so that the linear layer is not the whole network
 
 
 def test_weights_come_back_when_the_model_fails():

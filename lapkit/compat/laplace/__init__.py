@@ -4,18 +4,12 @@ Nothing is computed here; every object holds the `lapkit.Laplace` that does, as 
 differ on purpose, docs/coming-from-laplace-torch.md says so and why.
 """
 
-from lapkit.compat.laplace.baselaplace import (
-    BaseLaplace,
-    DiagLaplace,
-    FullLaplace,
-    KronLaplace,
-    LowRankLaplace,
-    ParametricLaplace,
-)
+from lapkit.compat.laplace.base import BaseLaplace
 from lapkit.compat.laplace.functional import ELLA, BaseFunctionalLaplace, FunctionalLaplace, FunctionalLLLaplace, VaLLA
 from lapkit.compat.laplace.laplace import Laplace
-from lapkit.compat.laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
+from lapkit.compat.laplace.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace, LLLaplace
 from lapkit.compat.laplace.marglik_training import marglik_training
+from lapkit.compat.laplace.parametric import ParametricLaplace
 from lapkit.compat.laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace, SubnetLaplace
 from lapkit.compat.laplace.utils.enums import (
     FunctionalApproximation,
@@ -27,6 +21,7 @@ from lapkit.compat.laplace.utils.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
+from lapkit.compat.laplace.weights import DiagLaplace, FullLaplace, KronLaplace, LowRankLaplace
 
 __all__ = [
     "ELLA",

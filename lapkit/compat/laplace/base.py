@@ -14,20 +14,15 @@ from lapkit.compat.laplace.options import BACKEND, KEYS, PRIOR, Options
 from lapkit.compat.laplace.utils.enums import Likelihood
 from lapkit.posteriors import GaussianPrior
 
-REWARDS = (
-    "likelihood='reward_modeling' is not offered: pairs of inputs go in while fitting, single ones while predicting. "
-    "Fit 'binary' to the difference of the two rewards, or 'classification' to a network that stacks them."
-)
-
 
 class BaseLaplace(ABC):
     """A Laplace approximation with the attributes and methods of laplace-torch.
 
     Args:
         model: trained; it is not copied, and after every call it is what it was.
-        likelihood: "classification" or "regression".
+        likelihood: "classification", "regression" or "reward_modeling".
         args: in the order of `order`.
-        options: by name.
+        named: by name.
 
     Attributes:
         laplace: the `lapkit.Laplace` behind, which can more.
@@ -42,21 +37,23 @@ class BaseLaplace(ABC):
     order: ClassVar[tuple[str, ...]] = (*PRIOR, "enable_backprop", *KEYS, *BACKEND)
     laplace: lapkit.Laplace
 
-    def __init__(self, model: nn.Module, likelihood: str, *args: Any, **options: Any) -> None:
-        self.options = Options.read(type(self).__name__, self.order, args, options)
+    def __init__(self, model: nn.Module, likelihood: str, *args: Any, **named: Any) -> None:
+        # lightning-uq-box makes a second object from attributes with the names of this function's variables: it has
+        # those of the hyper-parameters, and no others that are attributes too.
+        self.options = Options.read(type(self).__name__, self.order, args, named)
+        sigma_noise, prior_precision = number(self.options.sigma_noise), self.options.prior_precision
+        prior_mean, temperature = self.options.prior_mean, self.options.temperature
         self.likelihood = Likelihood(likelihood)
-        if self.likelihood is Likelihood.REWARD_MODELING:
-            raise ValueError(REWARDS)
         kind = DifferentiableLaplace if self.options.enable_backprop else lapkit.Laplace
         self.laplace = kind(
             model,
             self.likelihood.value,
             hessian_structure=self.structure,
             **self._weights(),
-            sigma_noise=number(self.options.sigma_noise),
-            prior_precision=self.options.prior_precision,
-            prior_mean=self.options.prior_mean,
-            temperature=self.options.temperature,
+            sigma_noise=sigma_noise,
+            prior_precision=prior_precision,
+            prior_mean=prior_mean,
+            temperature=temperature,
             curvature=self.options.columns,
         )
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
-from lapkit.compat.laplace.lllaplace import LLLaplace
+from lapkit.compat.laplace.last_layer import LLLaplace
 from lapkit.compat.laplace.options import KEYS, PRIOR, Batches
 from lapkit.compat.laplace.parametric import ParametricLaplace
 from lapkit.compat.laplace.utils.enums import LinkApprox, PredType

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
-from lapkit.compat.laplace.baselaplace import DiagLaplace, FullLaplace, KronLaplace, LowRankLaplace
 from lapkit.compat.laplace.functional import ELLA, FunctionalLaplace, FunctionalLLLaplace, VaLLA
-from lapkit.compat.laplace.lllaplace import DiagLLLaplace, FullLLLaplace, KronLLLaplace
+from lapkit.compat.laplace.last_layer import DiagLLLaplace, FullLLLaplace, KronLLLaplace
 from lapkit.compat.laplace.parametric import ParametricLaplace
 from lapkit.compat.laplace.subnetlaplace import DiagSubnetLaplace, FullSubnetLaplace
 from lapkit.compat.laplace.utils.enums import FunctionalApproximation, HessianStructure, SubsetOfWeights
+from lapkit.compat.laplace.weights import DiagLaplace, FullLaplace, KronLaplace, LowRankLaplace
 
 CLASSES: dict[tuple[str, str], type[ParametricLaplace]] = {
     ("all", "full"): FullLaplace,

@@ -154,7 +154,7 @@ class ParametricLaplace(Predictions, Tuning):
 
     def state_dict(self) -> dict[str, Any]:
         """All but the network, in plain form: see `lapkit.Laplace.state_dict`."""
-        return {**self.laplace.state_dict(), "cls_name": type(self).__name__}
+        return {**self.laplace.state_dict(), "cls_name": type(self).__name__, "kind": self.likelihood.value}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Become what another object of this class was.
@@ -163,14 +163,17 @@ class ParametricLaplace(Predictions, Tuning):
             state_dict: made by `state_dict` here; those of laplace-torch are of another form.
 
         Raises:
-            ValueError: if it is of another class or library, or the network is not the one that was fitted.
+            ValueError: if it is of another class, likelihood or library, or the network is not the one that was
+                fitted.
         """
         state = dict(state_dict)
-        name = state.pop("cls_name", None)
+        name, kind = state.pop("cls_name", None), state.pop("kind", None)
         if name != type(self).__name__ or "format" not in state:
             raise ValueError(
                 f"A state of {name} {'' if 'format' in state else 'of laplace-torch '}was given to "
                 f"{type(self).__name__} of lapkit. Load into the class that saved; those of laplace-torch have to be "
                 "fitted anew."
             )
+        if kind != self.likelihood.value:
+            raise ValueError(f"A state of likelihood {kind!r} was given to an object of {self.likelihood.value!r}.")
         self.laplace.load_state_dict(state)

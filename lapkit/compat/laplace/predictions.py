@@ -10,8 +10,10 @@ from torch import Tensor
 
 from lapkit.compat.laplace.base import BaseLaplace
 from lapkit.compat.laplace.options import whole
-from lapkit.compat.laplace.utils.enums import LinkApprox, PredType
+from lapkit.compat.laplace.utils.enums import Likelihood, LinkApprox, PredType
 from lapkit.compat.laplace.utils.matrix import quadratic_form
+from lapkit.curvature import Categorical
+from lapkit.posteriors import LINKS
 
 
 class Predictions(BaseLaplace):
@@ -39,16 +41,21 @@ class Predictions(BaseLaplace):
             n_samples: of "mc" and "nn".
             diagonal_output: outputs of an input are taken for independent.
             generator: the only source of randomness.
-            fitting: not read.
+            fitting: of reward models: `x` are pairs, and probabilities of the preference are wanted instead of rewards.
             model_kwargs: must be empty.
 
         Returns:
-            Probabilities `(N, C)`, or mean and covariance of the outputs, without observation noise.
+            Probabilities `(N, C)`, or, for regression and rewards, mean and covariance of the outputs, without
+            observation noise.
 
         Raises:
             TypeError: if there are arguments for the model.
         """
         _refuse(model_kwargs)
+        if fitting and self.likelihood is Likelihood.REWARD_MODELING:
+            link = LINKS[LinkApprox(link_approx).value]
+            f = self.laplace.function_distribution(whole(x))
+            return link(Categorical(), f.independent() if diagonal_output else f, n_samples, generator)
         return self.laplace(
             whole(x),
             PredType(pred_type).value,

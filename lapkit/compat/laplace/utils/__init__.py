@@ -10,7 +10,9 @@ from lapkit.compat.laplace.utils.enums import (
     SubsetOfWeights,
     TuningMethod,
 )
+from lapkit.compat.laplace.utils.feature_extractor import FeatureReduction
 from lapkit.compat.laplace.utils.matrix import Kron, KronDecomposed
+from lapkit.compat.laplace.utils.metrics import RunningNLLMetric
 from lapkit.compat.laplace.utils.subnetmask import (
     LargestMagnitudeSubnetMask,
     LargestVarianceDiagLaplaceSubnetMask,
@@ -21,8 +23,10 @@ from lapkit.compat.laplace.utils.subnetmask import (
     RandomSubnetMask,
     SubnetMask,
 )
+from lapkit.compat.laplace.utils.utils import block_diag, get_nll, kron, parameters_per_layer
 
 __all__ = [
+    "FeatureReduction",
     "FunctionalApproximation",
     "HessianStructure",
     "Kron",
@@ -38,7 +42,12 @@ __all__ = [
     "PredType",
     "PriorStructure",
     "RandomSubnetMask",
+    "RunningNLLMetric",
     "SubnetMask",
     "SubsetOfWeights",
     "TuningMethod",
+    "block_diag",
+    "get_nll",
+    "kron",
+    "parameters_per_layer",
 ]

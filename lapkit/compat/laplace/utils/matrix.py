@@ -80,9 +80,10 @@ class Kron:
         """The diagonal, `(P,)`."""
         return self.operator.diagonal()
 
-    def to_matrix(self) -> Tensor:
-        """The matrix itself, `(P, P)`."""
-        return self.operator.to_dense()
+    def to_matrix(self, exponent: float = 1) -> Tensor:
+        """The matrix itself, or with the exponent -1 its inverse, `(P, P)`."""
+        dense = self.operator.to_dense()
+        return dense if exponent == 1 else self.bmm(torch.eye(len(dense)).to(dense), exponent)
 
 
 @dataclass(frozen=True, eq=False)

@@ -106,25 +106,3 @@ BackPackInterface = CurvlinopsInterface = AsdlInterface = AsdfghjklInterface = C
 BackPackGGN = CurvlinopsGGN = AsdlGGN = AsdfghjklGGN = GGNInterface
 BackPackEF = CurvlinopsEF = AsdlEF = AsdfghjklEF = EFInterface
 CurvlinopsHessian = AsdlHessian = AsdfghjklHessian = HessianInterface
-
-__all__ = [
-    "AsdfghjklEF",
-    "AsdfghjklGGN",
-    "AsdfghjklHessian",
-    "AsdfghjklInterface",
-    "AsdlEF",
-    "AsdlGGN",
-    "AsdlHessian",
-    "AsdlInterface",
-    "BackPackEF",
-    "BackPackGGN",
-    "BackPackInterface",
-    "CurvatureInterface",
-    "CurvlinopsEF",
-    "CurvlinopsGGN",
-    "CurvlinopsHessian",
-    "CurvlinopsInterface",
-    "EFInterface",
-    "GGNInterface",
-    "HessianInterface",
-]

@@ -1,0 +1,185 @@
+"""lapkit beside laplace-torch: the same jobs on the same networks and data, in turn.
+
+    .venv/bin/python benchmarks/laplace_torch.py [--networks MLP ...] [--quick] [--only memory] [--json FILE]
+
+Networks (float32, in eval mode, ten classes): an MLP 784-256-256-10, 3c3d, ResNet-20, a transformer of 4 layers; 2,000
+random inputs in batches of 128. Scales and shifts of normalisation are frozen for both, since the peer's Kronecker
+factors have no form for them. All curvatures are the exact GGN.
+
+fit       from the network to the curvature; `evidence` adds the first evidence, with the eigenvectors it needs.
+tuning    of one prior precision by the evidence, with the defaults of each; `again` is one more evidence.
+predict   class probabilities by the probit link, of the linearised network; `sampled` of the network at 5 weights.
+memory    the peak over what was resident before, of a fit to 256 inputs and of predictions for 16 (the last layer:
+          256), in fresh processes.
+
+The peer takes its fastest backend in each row, found by a trial; "inputs" are how many it fits or predicts within a few
+seconds. lapkit fits as many, and predicts all of them in one call, of which the time is scaled to that number. The peer
+predicts in batches of the best size out of 2, 16, 128 and all. Its tuning is scaled from fewer steps where 100 take
+long. A row says `-` where no backend of the peer can do it. `limit` is the ratio that the forward pass of the network
+alone would reach, without which there are neither predictions nor a fit of the last layer. On a machine that does other
+work, use `--clock cpu` and OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from functools import partial
+
+import torch
+from laplace_torch_memory import memory_table
+from laplace_torch_sides import (
+    BATCH,
+    HEAD,
+    NETWORKS,
+    fastest,
+    fitted,
+    loader,
+    ours,
+    peer,
+    print_row,
+    problem,
+    ratio,
+    rows,
+)
+from timing import CLOCKS, medians, parser, report, seconds
+
+warnings.filterwarnings("ignore")
+
+INPUTS, SAMPLES, TUNING_STEPS = 2000, 5, 100
+LIMIT = 4.0  # seconds that the peer may take for a job
+ROOM = 2**31  # bytes for the peer's Jacobians, of which it makes a few copies
+
+
+class Row:
+    """All jobs of one network and structure; of lapkit alone where the peer has no backend."""
+
+    def __init__(self, network, weights, structure, options):
+        self.options, self.record = options, {"network": network, "weights": weights, "structure": structure}
+        self.model, self.x, self.y = problem(network, 64 if options.quick else INPUTS)
+        self.timed = partial(seconds, device="cpu", clock=options.clock)
+        backend, failed = fastest(self.model, self.x, self.y, weights, structure, self.timed)
+        self.record |= {"backend": backend, "failed": failed}
+        run = torch.no_grad()(lambda: self.model(self.x[:BATCH]))
+        self.forward = min(self.timed(run) for _ in range(5)) / len(self.x[:BATCH])  # seconds for each input
+        self.makes = {"lapkit": partial(ours, self.model, weights, structure)}
+        if backend is not None:
+            self.makes["peer"] = partial(peer, backend, self.model, weights, structure)
+
+    def turns(self, jobs):
+        """Medians of jobs in turn; what takes long is done once."""
+        once = {name: self.timed(job) for name, job in jobs.items()}
+        if sum(once.values()) > LIMIT / 2:
+            return once
+        repeats = min(self.options.repeats, int(LIMIT / sum(once.values())))
+        return medians(jobs, repeats, "cpu", self.options.clock)
+
+    def fits(self):
+        """Fit, and fit with the first evidence, of as many batches as the peer has time for; the last ones fitted."""
+        inputs = min(BATCH, len(self.x))
+        if "peer" in self.makes:
+            one = self.timed(lambda: fitted(self.makes["peer"], loader(self.x[:inputs], self.y[:inputs])))
+            inputs *= max(1, min(math.ceil(len(self.x) / inputs), int(LIMIT / one)))
+        data = loader(self.x[:inputs], self.y[:inputs])
+        clock, spent = CLOCKS[self.options.clock], {name: [] for name in self.makes}
+        found = {name: fitted(make, loader(self.x[:16], self.y[:16])) for name, make in self.makes.items()}  # warms up
+        for turn in range(self.options.repeats):
+            if turn and sum(spent["lapkit"][0]) > LIMIT:
+                break
+            for name, make in self.makes.items():
+                start = clock()
+                found[name] = fitted(make, data)
+                middle = clock()
+                found[name].log_marginal_likelihood()
+                spent[name].append((middle - start, clock() - start))
+        for place, job in enumerate(("fit", "evidence")):
+            best = {name: statistics.median(times[place] for times in values) for name, values in spent.items()}
+            self.add(job, best, min(inputs, len(self.x)))
+        return found
+
+    def evidences(self, found):
+        self.add("again", self.turns({name: self.evidence(la) for name, la in found.items()}))
+        jobs = {name: partial(self.tune, la) for name, la in found.items()}
+        if "peer" in found:
+            two = self.timed(partial(self.tune, found["peer"], 2))
+            steps = min(TUNING_STEPS, max(2, int(2 * LIMIT / two)))
+            jobs["peer"] = partial(self.tune, found["peer"], steps)
+        spent = self.turns(jobs)
+        if "peer" in found:
+            spent["peer"] *= TUNING_STEPS / steps
+        self.add("tuning", spent)
+
+    @staticmethod
+    def evidence(la):
+        return lambda: la.log_marginal_likelihood(prior_precision=torch.tensor(0.7))
+
+    @staticmethod
+    def tune(la, steps=TUNING_STEPS):
+        la.prior_precision = 1.0
+        la.optimize_prior_precision(method="marglik", n_steps=steps)
+
+    def predictions(self, found):
+        spent = self.turns({"lapkit": lambda: found["lapkit"](self.x, link_approx="probit")})
+        inputs = len(self.x)
+        if "peer" in found:
+            each, inputs = self.peer_predictive(found["peer"])
+            spent = {"lapkit": spent["lapkit"] * inputs / len(self.x), "peer": each * inputs}
+        self.add("predict", spent, inputs)
+        few = self.x[:256]
+        sampled = {
+            name: partial(la, few, pred_type="nn", link_approx="mc", n_samples=SAMPLES) for name, la in found.items()
+        }
+        self.add("sampled", self.turns(sampled), len(few))
+
+    def peer_predictive(self, la):
+        """Seconds for each input, in batches of the best size, and that size."""
+        best, inputs = math.inf, 0
+        for size in (2, 16, 128, len(self.x)):
+            too_much = 10 * 4 * size * la.n_params > ROOM or size > len(self.x)
+            if too_much or (inputs and best * size > LIMIT):
+                break
+            job = partial(la, self.x[:size], link_approx="probit")
+            each = min(self.timed(job) for _ in range(2)) / size
+            if each < best:
+                best, inputs = each, size
+        return best, inputs
+
+    def add(self, job, spent, inputs=None):
+        self.record[job] = {"inputs": inputs, **spent}
+        if "peer" in spent:
+            self.record[job]["ratio"] = ratio(spent)
+        if "peer" in spent and (job == "predict" or (job == "fit" and self.record["weights"] == "last_layer")):
+            self.record[job]["limit"] = spent["peer"] / (self.forward * inputs)
+
+
+def time_table(options):
+    print(HEAD)
+    records = []
+    for network, weights, structure in rows(options):
+        row = Row(network, weights, structure, options)
+        found = row.fits()
+        row.evidences(found)
+        row.predictions(found)
+        records.append(row.record)
+        for job in ("fit", "evidence", "tuning", "again", "predict", "sampled"):
+            print_row(row.record, job, "ms", 1e3)
+        print(f"{'':<32}backend of the peer: {row.record['backend']}", flush=True)
+    return records
+
+
+def main():
+    options = parser(__doc__)
+    options.set_defaults(repeats=3)
+    options.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    options.add_argument("--structures", nargs="+", choices=("kron", "diag", "full"), default=("kron", "diag", "full"))
+    options.add_argument("--only", choices=("times", "memory"), default=None)
+    options.add_argument("--clock", choices=list(CLOCKS), default="wall")
+    options.add_argument("--quick", action="store_true", help="few inputs, to see that it runs")
+    options = options.parse_args()
+    tables = {"times": time_table, "memory": memory_table}
+    report(options, {name: table for name, table in tables.items() if options.only in (None, name)})
+
+
+if __name__ == "__main__":
+    main()

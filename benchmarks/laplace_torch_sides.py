@@ -1,0 +1,107 @@
+"""The two sides of the comparison with laplace-torch: networks, data, constructors, rows and their bars."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+
+import torch
+from problems import LinearTransformer, conv_net, mlp, resnet
+from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
+
+from lapkit import Laplace
+
+NETWORKS = {
+    "MLP": (partial(mlp, 256), (784,)),
+    "3c3d": (conv_net, (3, 32, 32)),
+    "ResNet-20": (resnet, (3, 32, 32)),
+    "transformer": (LinearTransformer, (16, 16)),
+}
+STRUCTURES = [("all", "kron"), ("all", "diag"), ("last_layer", "full"), ("last_layer", "kron"), ("last_layer", "diag")]
+BACKENDS = ("CurvlinopsGGN", "BackPackGGN", "AsdlGGN")
+BATCH = 128
+BARS = {"fit": 3, "evidence": 1, "predict": 50, "tuning": 50, "again": 1, "sampled": 1, "memory": 5}
+LAST_LAYER_FIT = 10
+
+
+def problem(network, inputs):
+    make, shape = NETWORKS[network]
+    torch.manual_seed(0)
+    model = make().eval()
+    for module in model.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
+            module.requires_grad_(False)
+    return model, torch.randn(inputs, *shape), torch.randint(0, 10, (inputs,))
+
+
+def loader(x, y):
+    data = TensorDataset(x, y)
+    return DataLoader(data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), BATCH, drop_last=False))
+
+
+def ours(model, weights, structure):
+    return Laplace(model, "classification", weights, structure)
+
+
+def peer(backend, model, weights, structure):
+    """Of a copy of the network, to which a backend may attach what it likes."""
+    from laplace import Laplace as Peer
+    from laplace import curvature
+
+    kind = getattr(curvature, backend)
+    return Peer(copy.deepcopy(model), "classification", weights, structure, backend=kind)
+
+
+def fitted(make, data):
+    la = make()
+    la.fit(data)
+    return la
+
+
+def fastest(model, x, y, weights, structure, timed):
+    """The backend with which the peer fits a batch in the least time, None if there is none, and why others fail.
+
+    All are tried with 16 inputs, and those that are not far behind with a whole batch.
+    """
+
+    def spent(backend, inputs):
+        make = partial(peer, backend, model, weights, structure)
+        return timed(lambda: fitted(make, loader(x[:inputs], y[:inputs])))
+
+    few, failed = {}, {}
+    for backend in BACKENDS:
+        try:
+            few[backend] = min(spent(backend, 16) for _ in range(2))  # the first warms up
+        except Exception as error:
+            failed[backend] = f"{type(error).__name__}: {error}".split("\n")[0]
+    near = [backend for backend, found in few.items() if found < 5 * min(few.values())]
+    return (min(near, key=lambda backend: spent(backend, BATCH)) if len(near) > 1 else next(iter(near), None)), failed
+
+
+def ratio(spent):
+    return spent["peer"] / spent["lapkit"]
+
+
+def bar(record, job):
+    return LAST_LAYER_FIT if job == "fit" and record["weights"] == "last_layer" else BARS[job]
+
+
+def print_row(record, job, unit, scale):
+    found = record[job]
+    peers = f"{scale * found['peer']:>12.2f}{found['ratio']:>9.1f}" if "peer" in found else f"{'-':>12}{'-':>9}"
+    wanted = bar(record, job)
+    missed = "  missed" if found.get("ratio", math.inf) < wanted else ""
+    limit = f"{found['limit']:>8.1f}" if found.get("limit") else " " * 8
+    who = f"{record['network']}, {record['weights']}, {record['structure']}"
+    times = f"{found['inputs'] or '':>7}{scale * found['lapkit']:>12.2f}{peers}"
+    print(f"{who:<32}{job:<10}{times}{wanted:>6}{limit} {unit}{missed}")
+
+
+HEAD = f"{'':<32}{'':<10}{'inputs':>7}{'lapkit':>12}{'peer':>12}{'ratio':>9}{'bar':>6}{'limit':>8}"
+
+
+def rows(options):
+    chosen = [(weights, structure) for weights, structure in STRUCTURES if structure in options.structures]
+    return [(network, *kind) for network in options.networks for kind in chosen]

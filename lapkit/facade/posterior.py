@@ -1,0 +1,142 @@
+"""The Gaussian over the weights, its hyper-parameters, and their evidence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lapkit.curvature import SymmetricOperator
+from lapkit.facade.fitting import Fitting
+from lapkit.posteriors import (
+    GaussianPosterior,
+    GaussianPrior,
+    laplace_posterior,
+    log_det_posterior,
+    log_det_ratio,
+    log_evidence,
+)
+
+
+class Posterior(Fitting):
+    """What fit, prior, noise and temperature make together; asking does not change anything."""
+
+    @property
+    def posterior(self) -> GaussianPosterior:
+        """The Gaussian over the fitted weights."""
+        given = (self.fitted, self.likelihood, self.prior, self.temperature)
+        if self._posterior is None or any(old is not new for old, new in zip(self._posterior[0], given, strict=True)):
+            self._posterior = given, laplace_posterior(*given)
+        return self._posterior[1]
+
+    @property
+    def posterior_precision(self) -> SymmetricOperator:
+        """`scale * H + diag(prior precision)`."""
+        return self.posterior.precision
+
+    @property
+    def prior_precision(self) -> Tensor:
+        """The prior precision: one number, one for each parameter tensor, or one for each weight."""
+        return torch.as_tensor(self.prior.precision)
+
+    @prior_precision.setter
+    def prior_precision(self, value: float | Tensor) -> None:
+        prior = GaussianPrior(value, self.prior.mean)
+        if self._fit is not None:
+            prior.shift(self._fit.parameters)
+        self.prior = prior
+
+    @property
+    def sigma_noise(self) -> Tensor:
+        """Standard deviation of the observation noise; one where the likelihood has none.
+
+        Of a `PerOutputGaussian` it is the factor of all its noises, which alone can be set after a fit.
+        """
+        return torch.as_tensor(self.likelihood.precision) ** -0.5
+
+    @sigma_noise.setter
+    def sigma_noise(self, value: float | Tensor) -> None:
+        self.likelihood = self.likelihood.with_noise(value)
+
+    @property
+    def n_params(self) -> int:
+        """Number of random weights."""
+        return self.fitted.parameters.numel
+
+    @property
+    def mean(self) -> Tensor:
+        """The weights at the MAP estimate, `(P,)`."""
+        return self.fitted.mean
+
+    def sample(self, n_samples: int = 100, generator: torch.Generator | None = None) -> Tensor:
+        """Samples of the weights, `(S, P)`."""
+        return self.posterior.sample(n_samples, generator)
+
+    def log_prob(self, weights: Tensor, normalized: bool = True) -> Tensor:
+        """The posterior's log density at weights `(P,)`, or at several `(S, P)`; see `GaussianPosterior.log_prob`."""
+        return self.posterior.log_prob(weights, normalized)
+
+    def square_norm(self, weights: Tensor) -> Tensor:
+        """`(w - w*)^T P (w - w*)` with the posterior precision P, at weights `(P,)`, or at several `(S, P)`."""
+        return self.posterior.square_norm(weights)
+
+    @property
+    def posterior_variance(self) -> Tensor:
+        """Marginal variances of the weights, `(P,)`."""
+        return self.posterior.variance
+
+    @property
+    def posterior_covariance(self) -> Tensor:
+        """The whole matrix `P^{-1}`, `(P, P)`."""
+        return self.posterior.covariance
+
+    @property
+    def posterior_scale(self) -> Tensor:
+        """`S` with `S S^T = P^{-1}`, `(P, P)`; for "diag" the standard deviations, `(P,)`."""
+        return self.posterior.scale
+
+    # -- evidence
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """`(1 / T) sum_n log p(y_n | f_n)` at the MAP estimate."""
+        return self.fitted.log_likelihood(self.likelihood, self.temperature)
+
+    @property
+    def scatter(self) -> Tensor:
+        """`(w* - m)^T P0 (w* - m)` with the prior's mean m and precision P0."""
+        return self.prior.scatter(self.fitted.parameters, self.fitted.mean)
+
+    @property
+    def log_det_posterior_precision(self) -> Tensor:
+        """`log det` of the posterior precision."""
+        return log_det_posterior(self.fitted, self.likelihood, self.prior, self.temperature)
+
+    @property
+    def log_det_prior_precision(self) -> Tensor:
+        """`log det` of the prior precision."""
+        return self.prior.logdet(self.fitted.parameters)
+
+    @property
+    def log_det_ratio(self) -> Tensor:
+        """`log det` of the posterior precision minus that of the prior precision."""
+        return log_det_ratio(self.fitted, self.likelihood, self.prior, self.temperature)
+
+    def log_marginal_likelihood(
+        self, prior_precision: float | Tensor | None = None, sigma_noise: float | Tensor | None = None
+    ) -> Tensor:
+        """The Laplace approximation of the log evidence, in nats; asking does not change anything.
+
+        Args:
+            prior_precision: evaluate there instead of at the current one; the result is differentiable in it.
+            sigma_noise: likewise.
+
+        Returns:
+            A number.
+
+        Raises:
+            RuntimeError: before `fit`.
+            ValueError: if a value is not positive or has a wrong length, or there is no noise.
+        """
+        prior = self.prior if prior_precision is None else GaussianPrior(prior_precision, self.prior.mean)
+        likelihood = self.likelihood if sigma_noise is None else self.likelihood.with_noise(sigma_noise)
+        return log_evidence(self.fitted, likelihood, prior, self.temperature)
