@@ -120,23 +120,23 @@ def thresholded_adaptive_calibration_error(
         probabilities: `(N, C)` class probabilities; or `(N,)` or `(N, 1)`, of the positive class.
         labels: `(N,)` integers in [0, C).
         bins: number of bins M.
-        threshold: in [0, 1/C), so that something is above it.
+        threshold: in [0, 1).
 
     Returns:
         The error, in [0, 1].
 
     Raises:
-        ValueError: the threshold is outside [0, 1/C).
+        ValueError: the threshold is outside [0, 1), or no probability is above it.
 
     Reference:
         Nixon et al. (2019), Measuring calibration in deep learning, section 3.3.
     """
-    metric = ClasswiseEqualMass(bins, threshold)
-    summary = metric.summarise(probabilities, labels)
-    classes = summary.shape[2]
-    if not 0 <= threshold < 1 / classes:
-        raise ValueError(f"threshold is {threshold}, expected one from 0 to less than 1/{classes}, such as 0.001.")
-    return _mean_gap(metric.finish(summary))
+    if not 0 <= threshold < 1:
+        raise ValueError(f"threshold is {threshold}, expected one from 0 to less than 1, such as 0.001.")
+    curves = ClasswiseEqualMass(bins, threshold)(probabilities, labels)
+    if not curves:
+        raise ValueError(f"threshold is {threshold}, and no probability is above it. Take a smaller one.")
+    return _mean_gap(curves)
 
 
 def _mean_gap(curves: Curves) -> float:

@@ -18,7 +18,7 @@ from typing import Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from lapkit.calibration.forecast_inputs import Prediction, as_columns, as_forecast, as_level, as_targets
+from lapkit.calibration.forecast_inputs import Prediction, as_columns, as_forecast, as_level, as_targets, positive_std
 from lapkit.calibration.inputs import Array, as_labels, as_probabilities
 from lapkit.calibration.prediction_intervals import Bounds
 from lapkit.calibration.recalibration import Recalibration
@@ -169,7 +169,8 @@ class ConformalIntervals(Recalibration):
         """
         forecast = as_forecast(prediction)
         error = (as_targets(targets, forecast) - forecast.mean).abs()
-        return cls(conformal_quantile(error / forecast.std if normalised else error, coverage), coverage, normalised)
+        scale = positive_std(forecast) if normalised else 1.0
+        return cls(conformal_quantile(error / scale, coverage), coverage, normalised)
 
     def __call__(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
         """Lower and upper ends.
@@ -182,7 +183,7 @@ class ConformalIntervals(Recalibration):
         """
         forecast = as_forecast(prediction)
         margin = self.margin.to(forecast.mean.device).expand_as(forecast.mean)
-        margin = margin * forecast.std if self.normalised else margin
+        margin = margin * positive_std(forecast) if self.normalised else margin
         return forecast.mean - margin, forecast.mean + margin
 
 

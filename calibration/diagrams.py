@@ -111,7 +111,7 @@ def draw_risk_coverage(ax: Axes, *, coverage: Sequence[float], risk: Sequence[fl
     """
     ax.plot(coverage, risk, label=label)
     ax.set(xlim=(0, 1), xlabel="coverage", ylabel="risk: share of errors")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(bottom=0, auto=True)  # further curves may go higher
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc="upper left", frameon=False)
     return ax

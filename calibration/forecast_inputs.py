@@ -65,7 +65,41 @@ def as_targets(targets: Array, forecast: Forecast) -> Tensor:
     Returns:
         The targets `(N, K)`, float64, on the device of the forecast.
     """
-    return as_columns(targets, "targets", forecast.mean, "prediction")
+    return as_columns(targets, "targets", forecast.like, "prediction")
+
+
+def z_scores(forecast: Forecast, y: Tensor) -> Tensor:
+    """Errors of the mean in standard deviations, `(y - E[y]) / Std[y]`.
+
+    Args:
+        forecast: of the targets.
+        y: `(N, K)`, from `as_targets`.
+
+    Returns:
+        `(N, K)`.
+    """
+    return (y - forecast.mean) / positive_std(forecast)
+
+
+def positive_std(forecast: Forecast) -> Tensor:
+    """Standard deviations to divide by.
+
+    Args:
+        forecast: of the targets.
+
+    Returns:
+        `(N, K)`, above zero.
+
+    Raises:
+        ValueError: if one is zero, as where all samples are equal.
+    """
+    std = forecast.std
+    if not (std > 0).all():
+        raise ValueError(
+            f"The predictive standard deviation of example {int((~(std > 0)).nonzero()[0, 0])} is zero, expected all "
+            "above zero. Is the observation noise part of the samples?"
+        )
+    return std
 
 
 def as_columns(values: Array, name: str, like: Tensor | None = None, other: str = "") -> Tensor:

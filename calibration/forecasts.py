@@ -34,6 +34,11 @@ class Forecast(ABC):
     def std(self) -> Tensor:
         """Standard deviation of each target, `(N, K)`."""
 
+    @property
+    def like(self) -> Tensor:
+        """Numbers in the shape of the targets, `(N, K)`, on their device."""
+        return self.mean
+
     @abstractmethod
     def log_prob(self, y: Tensor) -> Tensor:
         """Log density of all targets of an example together, `(N, K)` to `(N,)`, in nats."""
@@ -144,12 +149,27 @@ class Continuous(Forecast):
     @property
     def mean(self) -> Tensor:
         """Mean of each target, `(N, K)`."""
-        return _table(self.distribution.mean)
+        return self._existing(self.like, "mean")
 
     @property
     def std(self) -> Tensor:
         """Standard deviation of each target, `(N, K)`."""
-        return _table(self.distribution.stddev)
+        try:
+            return self._existing(_table(self.distribution.stddev), "standard deviation")
+        except NotImplementedError as error:
+            raise self._unknown("standard deviation") from error
+
+    @property
+    def like(self) -> Tensor:
+        """The means, where there are any.
+
+        Raises:
+            TypeError: if torch does not know them.
+        """
+        try:
+            return _table(self.distribution.mean)
+        except NotImplementedError as error:
+            raise self._unknown("mean") from error
 
     def log_prob(self, y: Tensor) -> Tensor:
         """Log density of all targets of an example together, in nats."""
@@ -168,7 +188,7 @@ class Continuous(Forecast):
 
     def quantile(self, level: float) -> Tensor:
         """`F^{-1}(level)` of each target."""
-        return self._inverse(torch.full_like(self.mean, level))
+        return self._inverse(torch.full_like(self.like, level))
 
     def crps(self, y: Tensor) -> Tensor:
         """`2 int_0^1 (1[y <= q_a] - a) (q_a - y) da`, the levels a on either side of y by Gauss-Legendre.
@@ -183,9 +203,24 @@ class Continuous(Forecast):
         for node, weight in zip(*leggauss(NODES), strict=True):
             t = (1 + float(node)) / 2
             below, above = u * t, u + (1 - u) * t
-            total += float(weight) * u * below * (y - self._inverse(below))
-            total += float(weight) * (1 - u) * (1 - above) * (self._inverse(above) - y)
+            total += float(weight) * u * below * self._distance(y, below)
+            total += float(weight) * (1 - u) * (1 - above) * self._distance(y, above)
         return total
+
+    def _distance(self, y: Tensor, levels: Tensor) -> Tensor:
+        """Between targets and quantiles; none to infinity, where rounding puts levels that weigh nothing."""
+        distance = (y - self._inverse(levels)).abs()
+        return distance.where(distance.isfinite(), 0.0)
+
+    def _existing(self, moment: Tensor, name: str) -> Tensor:
+        """A moment, if there is one.
+
+        Raises:
+            ValueError: if there is none, as of a Cauchy distribution.
+        """
+        if moment.isnan().any():
+            raise ValueError(f"{type(self.distribution).__name__} has no {name}. Score it with predictive_nll or crps.")
+        return moment
 
     def _inverse(self, levels: Tensor) -> Tensor:
         try:
@@ -193,9 +228,9 @@ class Continuous(Forecast):
         except NotImplementedError as error:
             raise self._unknown() from error
 
-    def _unknown(self) -> TypeError:
+    def _unknown(self, what: str = "distribution function (cdf and icdf)") -> TypeError:
         return TypeError(
-            f"{type(self.distribution).__name__} has no distribution function (cdf and icdf) in torch. Draw from it: "
+            f"{type(self.distribution).__name__} has no {what} in torch. Draw from it: "
             "Samples(distribution.sample((1000,)))."
         )
 

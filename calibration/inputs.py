@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,9 @@ SUM_DTYPE = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.
 
 def as_tensor(values: Array) -> Tensor:
     """A tensor without gradient; what is not a tensor is copied (read-only numpy arrays cannot be shared)."""
+    if isinstance(values, np.ndarray):
+        # Torch takes neither negative strides, as of `array[::-1]`, nor the other byte order.
+        return torch.from_numpy(np.array(values, dtype=values.dtype.newbyteorder("="), order="C"))
     return values.detach() if isinstance(values, Tensor) else torch.tensor(values)
 
 
@@ -40,9 +44,9 @@ def as_probabilities(probabilities: Array) -> Tensor:
         probabilities: `(N, C)` class probabilities; or `(N,)` or `(N, 1)`, of the positive class.
 
     Returns:
-        The probabilities `(N, C)`, C >= 2, in float64 on their device, detached.
+        The probabilities `(N, C)`, C >= 2, in float64 on their device, detached, none above one.
     """
-    return as_rows(probabilities).to(torch.float64)
+    return as_rows(probabilities).to(torch.float64).clamp(max=1)
 
 
 def as_rows(probabilities: Array) -> Tensor:
@@ -61,7 +65,7 @@ def as_rows(probabilities: Array) -> Tensor:
     _check_floating(given, "probabilities")
     _check_table(given, "probabilities")
     rows = given
-    if _is_single_column(given):
+    if single := _is_single_column(given):
         positive = given.to(torch.float64).reshape(-1)
         # The clamp leaves a p just above one to the tolerance of the row sum, as for several columns.
         rows = torch.stack(((1 - positive).clamp(min=0), positive), dim=1)
@@ -70,7 +74,7 @@ def as_rows(probabilities: Array) -> Tensor:
     # NaN and infinities fail these comparisons as well, so one pass over the rows settles the usual case.
     if not (rows.min() >= 0 and (sums - 1).abs().max() <= tolerance):
         _refuse_probabilities(rows.to(torch.float64), tolerance)
-    return rows
+    return rows.clamp(max=1) if single else rows
 
 
 def as_log_probabilities(logits: Array) -> Tensor:

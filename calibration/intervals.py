@@ -5,6 +5,7 @@ Any metric will do that takes probabilities and labels and returns a number.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, final
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lapkit.calibration.bands import check_level
-from lapkit.calibration.inputs import Array, as_labels, as_probabilities
+from lapkit.calibration.inputs import Array, as_labels, as_probabilities, as_tensor
 
 Score: TypeAlias = Callable[[Tensor, Tensor], float]
 Method: TypeAlias = Literal["basic", "percentile"]
@@ -77,7 +78,9 @@ def bootstrap_interval(
 
     "percentile" takes the quantiles of the resampled values; "basic" mirrors them at the value, `2 v - q`. Calibration
     errors are biased upwards, once in the data and once more in resamples: mirrored, one bias makes good for the other,
-    and the lower end may be less than zero.
+    and the lower end may be less than zero. Still, errors are nearly never below their true value in resamples, so the
+    interval of an ECE holds less often than it says: one of 95 % held a true ECE of 0.10 about 9 times in 10, and that
+    of a calibrated model 7 times in 10 ("basic") or never ("percentile"). Near zero `consistency_test` is exact.
 
     A wrong dtype raises TypeError, a wrong shape or value ValueError.
 
@@ -94,7 +97,8 @@ def bootstrap_interval(
         The value and the interval.
 
     Raises:
-        ValueError: the level is not in (0, 1), there are too few resamples, or the method is unknown.
+        ValueError: the level is not in (0, 1), there are too few resamples, the method is unknown, or the metric is not
+            finite, such as the NLL where a label has probability zero.
 
     Example:
         >>> from lapkit.calibration import accuracy
@@ -110,9 +114,7 @@ def bootstrap_interval(
     tail = (1 - check_level(level)) / 2
     if method not in {"basic", "percentile"}:
         raise ValueError(f"method is {method!r}, expected 'basic' or 'percentile'.")
-    rows = as_probabilities(probabilities)
-    targets = as_labels(labels, rows)
-    given = rows if _is_table(probabilities) else rows[:, 1].contiguous()
+    rows, given, targets = _checked(probabilities, labels)
     value = metric(given, targets)
 
     def resampled() -> float:
@@ -120,6 +122,11 @@ def bootstrap_interval(
         return metric(given[draw], targets[draw])
 
     values = torch.tensor([resampled() for _ in range(resamples)], dtype=torch.float64)
+    if not (math.isfinite(value) and values.isfinite().all()):
+        raise ValueError(
+            f"The metric is {value} of the data, or not finite of a resample: it has no interval. For an infinite NLL "
+            "look for labels of probability zero; nll_from_logits does not underflow."
+        )
     low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     ends = {"percentile": (low, high), "basic": (2 * value - high, 2 * value - low)}[method]
     return BootstrapInterval(value, *ends, level)
@@ -162,9 +169,7 @@ def consistency_test(
     """
     _check_resamples(resamples)
     check_level(level)
-    rows = as_probabilities(probabilities)
-    targets = as_labels(labels, rows)
-    given = rows if _is_table(probabilities) else rows[:, 1].contiguous()
+    rows, given, targets = _checked(probabilities, labels)
     value = metric(given, targets)
 
     def calibrated() -> float:
@@ -177,8 +182,11 @@ def consistency_test(
     return ConsistencyTest(value, values.mean().item(), upper, (1 + as_large) / (1 + resamples), level)
 
 
-def _is_table(probabilities: Array) -> bool:
-    return probabilities.ndim == 2 and probabilities.shape[1] > 1
+def _checked(probabilities: Array, labels: Array) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows `(N, C)`, what the metric is given, one column as `(N,)`, and labels."""
+    rows, given = as_probabilities(probabilities), as_tensor(probabilities)
+    # In its own precision: that says how far sums may be off, and the metric checks them again.
+    return rows, given if given.ndim == 2 and given.shape[1] > 1 else given.reshape(-1), as_labels(labels, rows)
 
 
 def _check_resamples(resamples: int) -> None:

@@ -101,7 +101,7 @@ def log_losses(probabilities: Array, labels: Array) -> Tensor:
         tensor([0.6931, 1.3863], dtype=torch.float64)
     """
     rows = as_rows(probabilities)
-    return -_at_labels(rows, as_labels(labels, rows)).to(torch.float64).log()
+    return -_at_labels(rows, as_labels(labels, rows)).to(torch.float64).clamp(max=1).log()
 
 
 def log_losses_from_logits(logits: Array, labels: Array) -> Tensor:

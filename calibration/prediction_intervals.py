@@ -104,7 +104,7 @@ def interval_score(bounds: Bounds, targets: Array, *, coverage: float) -> float:
     Reference:
         Winkler (1972); Gneiting and Raftery (2007), equation 43.
     """
-    return Mean(IntervalScores(as_level(coverage, "coverage")))(bounds, targets)
+    return Mean(IntervalScores(coverage))(bounds, targets)
 
 
 @final
@@ -117,6 +117,9 @@ class IntervalScores:
     """
 
     coverage: float
+
+    def __post_init__(self) -> None:
+        as_level(self.coverage, "coverage")
 
     def __call__(self, bounds: Bounds, targets: Array) -> Tensor:
         """Of intervals and targets, `(N,)`."""
@@ -136,9 +139,10 @@ def _ordered(bounds: Bounds) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"shapes of lower and upper ends are {tuple(lower.shape)} and {tuple(upper.shape)}, expected the same."
         )
-    if not (lower <= upper).all():
+    if not ((lower <= upper) & (lower < torch.inf) & (upper > -torch.inf)).all():
         raise ValueError(
-            "A lower end is above its upper end, or NaN, expected lower <= upper. Check the quantiles they came from."
+            "A lower end is above its upper end, or both are the same infinity, or NaN, expected lower <= upper. Check "
+            "the quantiles they came from."
         )
     return lower, upper
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lapkit.calibration.binning import Binning, assign_bins
-from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_targets
+from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_targets, positive_std
 from lapkit.calibration.inputs import Array
 from lapkit.calibration.pit import pit
 from lapkit.calibration.regression_diagrams import draw_calibration
@@ -88,7 +88,8 @@ class CalibrationCounts(SumMetric[CalibrationCurve]):
     intervals: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not self.levels or min(self.levels) < 0 or max(self.levels) > 1 or list(self.levels) != sorted(self.levels):
+        inside = self.levels and all(0 <= level <= 1 for level in self.levels)
+        if not inside or list(self.levels) != sorted(self.levels):
             raise ValueError(f"levels are {self.levels}, expected ascending numbers in [0, 1].")
 
     def summarise(self, predictions: Prediction, targets: Array) -> Tensor:
@@ -202,7 +203,8 @@ class VarianceCalibration(RowMetric[float]):
         """
         forecast = as_forecast(predictions)
         error = as_targets(targets, forecast) - forecast.mean
-        return torch.stack((forecast.std.square().flatten(), error.square().flatten()), dim=1)
+        variance = (positive_std(forecast) if self.relative else forecast.std).square()
+        return torch.stack((variance.flatten(), error.square().flatten()), dim=1)
 
     def finish(self, summary: Tensor) -> float:
         """The error; see `Metric.finish`.

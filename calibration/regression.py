@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lapkit.calibration.forecast_inputs import Prediction, as_columns, as_forecast, as_level, as_targets
+from lapkit.calibration.forecast_inputs import Prediction, as_columns, as_forecast, as_level, as_targets, z_scores
 from lapkit.calibration.forecasts import Forecast
 from lapkit.calibration.inputs import Array
 from lapkit.calibration.streaming import Mean
@@ -48,7 +48,7 @@ def absolute_errors(prediction: Prediction | Array, targets: Array) -> Tensor:
 def squared_z_scores(prediction: Prediction, targets: Array) -> Tensor:
     """`(y - E[y])^2 / Var[y]` of each example, the mean over its targets, `(N,)`; see `mean_squared_z`."""
     forecast = as_forecast(prediction)
-    return ((as_targets(targets, forecast) - forecast.mean) / forecast.std).square().mean(1)
+    return z_scores(forecast, as_targets(targets, forecast)).square().mean(1)
 
 
 def predictive_nll(prediction: Prediction, targets: Array) -> float:
@@ -220,7 +220,7 @@ def pinball_loss(prediction: Prediction, targets: Array, *, level: float) -> flo
     Reference:
         Koenker and Bassett (1978), Regression quantiles.
     """
-    return Mean(PinballLosses(as_level(level, "level")))(prediction, targets)
+    return Mean(PinballLosses(level))(prediction, targets)
 
 
 @final
@@ -233,6 +233,9 @@ class PinballLosses:
     """
 
     level: float
+
+    def __post_init__(self) -> None:
+        as_level(self.level, "level")
 
     def __call__(self, prediction: Prediction, targets: Array) -> Tensor:
         """Of predictions and targets, `(N,)`."""

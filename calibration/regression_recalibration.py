@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lapkit.calibration.binned_recalibration import interpolated
-from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_level, as_targets
+from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_level, as_targets, z_scores
 from lapkit.calibration.inputs import Array
 from lapkit.calibration.pit import pit
 from lapkit.calibration.recalibration import Recalibration
@@ -53,7 +53,7 @@ class SigmaScaling(Recalibration):
             ValueError: if all targets are predicted exactly, so that the best factor is zero.
         """
         forecast = as_forecast(prediction)
-        z = (as_targets(targets, forecast) - forecast.mean) / forecast.std
+        z = z_scores(forecast, as_targets(targets, forecast))
         factor = z.square().mean(0 if per_target else (0, 1)).sqrt()
         if not (factor > 0).all():
             raise ValueError(

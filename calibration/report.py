@@ -62,7 +62,7 @@ def report(
         >>> found.rows["MAP"]["NLL"], found.rows["halved"]["NLL"]
         (0.684, 0.587)
     """
-    if not isinstance(predictions, Mapping):
+    if not isinstance(predictions, Mapping) or not all(isinstance(name, str) for name in predictions):
         kind = type(predictions).__name__
         raise TypeError(
             f"The predictions are a {kind}, expected a mapping by method, such as {{'MAP': probabilities}}."

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lapkit.calibration.detection import auroc
-from lapkit.calibration.inputs import Array, as_labels, as_probabilities
+from lapkit.calibration.inputs import Array, as_labels, as_rows
 from lapkit.calibration.reliability import reliability_curve
-from lapkit.calibration.report_diagrams import draw_spread
+from lapkit.calibration.report_diagrams import caption, draw_spread
 from lapkit.calibration.report_examples import examples
 from lapkit.calibration.report_page import panels
 from lapkit.calibration.report_table import Column, Report, Section
@@ -66,12 +66,13 @@ def classification_report(
     Raises:
         ValueError: if class names are not as many as the classes.
     """
-    rows = {name: as_probabilities(p).cpu() for name, p in predictions.items()}
+    # In their own precision, which says how far sums may be off.
+    rows = {name: as_rows(p).cpu() for name, p in predictions.items()}
     classes = rows[focus].shape[1]
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"There are {len(class_names)} class_names, expected one for each of {classes} classes.")
     y = {name: as_labels(labels, p).cpu() for name, p in rows.items()}[focus]
-    outside = {name: as_probabilities(p).cpu() for name, p in ood.items()}
+    outside = {name: as_rows(p).cpu() for name, p in ood.items()}
     columns = (ACCURACY, CONFIDENCE, NLL, BRIER, ECE, CHANCE, AURC, *((AUROC,) if outside else ()))
     scores = {name: _scores(p, y, outside.get(name), bins) for name, p in rows.items()}
     sections = [
@@ -106,7 +107,7 @@ def _scores(p: Tensor, y: Tensor, outside: Tensor | None, bins: int) -> dict[str
     curve = reliability_curve(p, y, bins=bins)
     found = {
         ACCURACY.name: accuracy(p, y),
-        CONFIDENCE.name: float(p.max(dim=1).values.mean()),
+        CONFIDENCE.name: float(_top(p).mean()),
         NLL.name: nll(p, y),
         BRIER.name: brier(p, y),
         ECE.name: curve.ece,
@@ -118,12 +119,17 @@ def _scores(p: Tensor, y: Tensor, outside: Tensor | None, bins: int) -> dict[str
     return found
 
 
+def _top(p: Tensor) -> Tensor:
+    """Confidences; what rounding puts outside their range would be missing from pictures."""
+    return p.amax(dim=1).double().clamp(1 / p.shape[1], 1)
+
+
 _Drawing = tuple[str, Callable[["Axes"], object]]
 
 
 def _reliability(rows: Mapping[str, Tensor], y: Tensor, bins: int) -> list[_Drawing]:
     def draw(ax: Axes, name: str) -> None:
-        reliability_curve(rows[name], y, bins=bins).plot(ax).set_title(name)
+        reliability_curve(rows[name], y, bins=bins).plot(ax).set_title(caption(name))
 
     return [(f"Reliability diagram of {name}", partial(draw, name=name)) for name in rows]
 
@@ -131,7 +137,7 @@ def _reliability(rows: Mapping[str, Tensor], y: Tensor, bins: int) -> list[_Draw
 def _risk(rows: Mapping[str, Tensor], y: Tensor) -> _Drawing:
     def draw(ax: Axes) -> None:
         for name, p in rows.items():
-            risk_coverage_curve(p, y).plot(ax, label=name)
+            risk_coverage_curve(p, y).plot(ax, label=caption(name))
 
     return f"Risk over coverage of {', '.join(rows)}", draw
 
@@ -141,9 +147,9 @@ def _confidence(rows: Mapping[str, Tensor], outside: Mapping[str, Tensor]) -> li
         p, q = rows[name], outside.get(name)
         draw_spread(
             ax,
-            inside=p.max(dim=1).values.tolist(),
-            outside=None if q is None else q.max(dim=1).values.tolist(),
-            title=name,
+            inside=_top(p).tolist(),
+            outside=None if q is None else _top(q).tolist(),
+            title=caption(name),
             label="confidence",
             limits=(1 / p.shape[1], 1),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
 # Of Okabe and Ito (2008), and line styles that tell them apart in grey.
 COLOURS = (VERMILION, "#E69F00", BLUE, "#009E73", "#CC79A7", GREY, "#56B4E9", "#000000")
 STYLES = ("--", "-.", "-", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)), (0, (7, 2)), (0, (3, 1)))
+# Letters in a line of a title or a legend.
+LINE = 36
+
+
+def caption(name: str) -> str:
+    """A name in lines short enough for a small picture.
+
+    Args:
+        name: of a method.
+
+    Returns:
+        The lines. Matplotlib leaves names that begin with an underscore out of legends: these begin with a space.
+    """
+    lines = "\n".join(textwrap.wrap(name, LINE))
+    return f" {lines}" if lines.startswith("_") else lines
 
 
 def export_axes(size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -52,7 +68,11 @@ def as_svg(figure: Figure) -> bytes:
         SVG.
     """
     import matplotlib as mpl  # optional, for pages alone
+    from matplotlib.text import Text
 
+    # Dollars in names are dollars: two of them, as in two prices, may be no formula at all.
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     file = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "lapkit"}):  # names of parts are random otherwise
         figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})

@@ -27,7 +27,8 @@ p, ul, dl { max-width: 46rem; margin: .4rem 0; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e7ea; }
-th:first-child { text-align: left; position: sticky; left: 0; background: #ffffff; }
+th:first-child { text-align: left; position: sticky; left: 0; background: #ffffff; white-space: normal;
+  overflow-wrap: break-word; max-width: min(18rem, 40vw); }
 thead th { vertical-align: bottom; border-bottom: 2px solid #1d2226; font-weight: 600; white-space: normal; }
 thead small { display: block; font-weight: 400; color: #4a545b; }
 tbody th { font-weight: 500; }

@@ -18,7 +18,7 @@ from lapkit.calibration.prediction_intervals import central_interval, interval_c
 from lapkit.calibration.quantile_calibration import calibration_curve
 from lapkit.calibration.regression import crps, mae, mean_squared_z, predictive_nll, rmse
 from lapkit.calibration.regression_diagrams import draw_intervals
-from lapkit.calibration.report_diagrams import draw_spread
+from lapkit.calibration.report_diagrams import caption, draw_spread
 from lapkit.calibration.report_examples import examples
 from lapkit.calibration.report_page import panels
 from lapkit.calibration.report_table import Column, Report, Section
@@ -50,7 +50,9 @@ def _columns(unit: str) -> tuple[Column, ...]:
     return (
         Column(RMSE, unit, "smaller", "Root mean squared error of the predicted mean."),
         Column(MAE, unit, "smaller", "Mean absolute error of the predicted mean."),
-        Column(NLL, "nats", "smaller", "Mean negative log density of the targets; NaN for samples, which have none."),
+        Column(
+            NLL, "nats", "smaller", "Mean negative log density of the targets; none for samples, which have no density."
+        ),
         Column(CRPS, unit, "smaller", "Continuous ranked probability score: an absolute error that counts the spread."),
         Column(HELD, "", COVERAGE, "Share of targets inside their central 90 % interval; it should be 0.9."),
         Column(
@@ -149,14 +151,16 @@ def _intervals(forecasts: Mapping[str, Forecast], y: Mapping[str, Tensor]) -> li
         at = torch.linspace(0, len(y[name]) - 1, min(DRAWN, len(y[name]))).long()
         lower, upper = central_interval(forecast, coverage=COVERAGE)
         mean, low, high, target = (v[:, 0].cpu()[at].tolist() for v in (forecast.mean, lower, upper, y[name]))
-        draw_intervals(ax, mean=mean, lower=low, upper=high, targets=target, label="90 % interval").set_title(name)
+        draw_intervals(ax, mean=mean, lower=low, upper=high, targets=target, label="90 % interval").set_title(
+            caption(name)
+        )
 
     return [(f"Intervals of {name}", partial(draw, name=name)) for name in forecasts]
 
 
 def _pits(forecasts: Mapping[str, Forecast], y: Mapping[str, Tensor]) -> list[_Drawing]:
     def draw(ax: Axes, name: str) -> None:
-        pit_histogram(forecasts[name], y[name]).plot(ax).set_title(name)
+        pit_histogram(forecasts[name], y[name]).plot(ax).set_title(caption(name))
 
     return [(f"PIT of {name}", partial(draw, name=name)) for name in forecasts]
 
@@ -164,7 +168,7 @@ def _pits(forecasts: Mapping[str, Forecast], y: Mapping[str, Tensor]) -> list[_D
 def _quantiles(forecasts: Mapping[str, Forecast], y: Mapping[str, Tensor]) -> _Drawing:
     def draw(ax: Axes) -> None:
         for name, forecast in forecasts.items():
-            calibration_curve(forecast, y[name]).plot(ax, label=name)
+            calibration_curve(forecast, y[name]).plot(ax, label=caption(name))
 
     return f"Calibration of the quantiles of {', '.join(forecasts)}", draw
 
@@ -178,7 +182,7 @@ def _spreads(forecasts: Mapping[str, Forecast], outside: Mapping[str, Forecast],
             ax,
             inside=_spread(forecasts[name]).tolist(),
             outside=_spread(outside[name]).tolist() if name in outside else None,
-            title=name,
+            title=caption(name),
             label="standard deviation" + (f" ({unit})" if unit else ""),
             limits=limits,
         )

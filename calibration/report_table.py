@@ -32,20 +32,22 @@ class Column:
     digits: int = 3
 
     def text(self, value: float) -> str:
-        """A number as the table prints it."""
-        if not math.isfinite(value):
+        """A number as the table prints it; a dash where there is none."""
+        if math.isnan(value):
+            return "-"
+        if math.isinf(value):
             return str(value)
         return f"{value:.{self.digits}f}" if abs(value) < 1e5 else f"{value:.3g}"
 
     def best(self, values: list[float]) -> float | None:
         """The best of several numbers; None if there is no such thing, as where all are equal."""
-        finite = [value for value in values if math.isfinite(value)]
-        if self.better is None or len(set(finite)) < 2:
+        given = [value for value in values if not math.isnan(value)]
+        if self.better is None or len(set(given)) < 2:
             return None
         if isinstance(self.better, float):
             wanted = self.better
-            return min(finite, key=lambda value: abs(value - wanted))
-        return min(finite) if self.better == "smaller" else max(finite)
+            return min(given, key=lambda value: abs(value - wanted))
+        return min(given) if self.better == "smaller" else max(given)
 
 
 @final
@@ -102,13 +104,16 @@ class Report:
         """All numbers and words, without pictures, as JSON can hold them (infinities apart).
 
         Returns:
-            `title`, `summary`, `units` of the scores, `rows` by method and score, and `notes`.
+            `title`, `summary`, `units` of the scores, `rows` by method and score (None where there is none), `notes`.
         """
         return {
             "title": self.title,
             "summary": self.summary,
             "units": {column.name: column.unit for column in self.columns},
-            "rows": {name: dict(row) for name, row in self.rows.items()},
+            "rows": {
+                name: {column: None if math.isnan(value) else value for column, value in row.items()}
+                for name, row in self.rows.items()
+            },
             "notes": list(self.notes),
         }
 

@@ -86,12 +86,15 @@ class TemperatureScaling(Recalibration):
         at_low, at_high = slope(low), slope(high)
         if at_low < 0 < at_high:
             return cls(math.exp(-brentq(slope, low, high, xtol=1e-14)))
-        if at_low == at_high == 0:
+        if not finite.any():
             found, reason = 1.0, "the logits of each example are all the same"
-        elif at_low < 0:
+        elif at_low <= 0 and at_high <= 0:
             found, reason = 1 / BOUNDS[1], "all labels are the most probable classes: the smaller, the better"
         else:
-            found, reason = 1 / BOUNDS[0], "the logits say nothing of the labels: the larger, the better"
+            found, reason = (
+                1 / BOUNDS[0],
+                "the logits say nothing of the labels, or far too much: the larger, the better",
+            )
         warnings.warn(
             f"No temperature is best, because {reason}; {found:g} was taken. Fit on more held-out data.", stacklevel=2
         )
@@ -129,6 +132,8 @@ class VectorScaling(Recalibration):
     def fit(cls, logits: Array, labels: Array) -> VectorScaling:
         """Scales and biases of the smallest NLL, which is convex in them; warns where they grow without bound.
 
+        Classes without a held-out example have no bound either.
+
         Args:
             logits: `(N, C)`, finite, or `(N,)` log-odds of the positive class, of held-out examples.
             labels: `(N,)` integers in [0, C).
@@ -137,14 +142,23 @@ class VectorScaling(Recalibration):
             The scaling.
         """
         z = _finite_logits(logits)
-        y, unit, classes = as_labels(labels, z), float(z.std()) or 1.0, z.shape[1]
+        y, classes = as_labels(labels, z), z.shape[1]
+        standard, centre, unit = _standardised(z)
+        absent = classes - len(y.unique())
+        if absent:
+            warnings.warn(
+                f"{absent} of {classes} classes have no held-out example, so their probabilities go to zero. Fit on "
+                "more held-out data, or use TemperatureScaling.",
+                stacklevel=2,
+            )
 
         def loss(theta: Tensor) -> Tensor:
-            return torch.nn.functional.cross_entropy(theta[:classes] * (z / unit) + theta[classes:], y)
+            return torch.nn.functional.cross_entropy(theta[:classes] * standard + theta[classes:], y)
 
-        start = torch.cat((torch.full_like(z[0], unit), torch.zeros_like(z[0])))
-        found = _minimum(loss, start)
-        return cls(found[:classes] / unit, found[classes:] - found[classes:].mean())
+        found = _minimum(loss, torch.cat((torch.full_like(centre, unit), centre - centre.mean())))
+        scale = found[:classes] / unit
+        bias = found[classes:] - scale * centre
+        return cls(scale, bias - bias.mean())
 
     def __call__(self, logits: Array) -> Tensor:
         """Probabilities of classes.
@@ -189,8 +203,7 @@ class PlattScaling(Recalibration):
             The scaling.
         """
         s = as_scores(scores, "scores")
-        centre, unit = s.mean(), float(s.std(correction=0)) or 1.0
-        standard = (s - centre) / unit
+        standard, centre, unit = _standardised(s)
         _, y = as_events(standard.sigmoid(), occurred)
         if smooth:
             positive, negative = y.sum(), (1 - y).sum()
@@ -237,6 +250,17 @@ def _minimum(loss: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
             stacklevel=3,
         )
     return theta
+
+
+def _standardised(z: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Numbers `(N, *)` about their means and in units of their spread, with both: well conditioned.
+
+    Equal numbers differ from their mean by rounding, which is no spread.
+    """
+    centre = z.mean(0)
+    spread, rounding = float((z - centre).square().mean().sqrt()), 1e-12 * float(z.abs().max())
+    unit = spread if spread > rounding else 1.0
+    return (z - centre) / unit, centre, unit
 
 
 def _finite_logits(logits: Array) -> Tensor:

@@ -188,6 +188,9 @@ class Streaming(Generic[Result]):
         Args:
             predictions: of the batch, on any device.
             targets: of the batch.
+
+        Raises:
+            ValueError: it has another number of classes or targets than the batches before, or is none of the metric.
         """
         self._append(self.metric.summarise(predictions, targets))
 
@@ -269,6 +272,11 @@ class Streaming(Generic[Result]):
         return f"Streaming({self.metric!r})"
 
     def _append(self, part: Tensor) -> None:
+        if self._parts and part.shape[1:] != self._parts[0].shape[1:]:
+            raise ValueError(
+                f"A batch left a summary of shape {tuple(part.shape)}, those before it {tuple(self._parts[0].shape)}; "
+                "expected batches with the same number of classes, or of targets."
+            )
         self._parts.append(part.to(self._parts[0].device) if self._parts else part)
         if len(self._parts) >= PARTS:
             self._compact()

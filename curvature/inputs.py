@@ -40,14 +40,17 @@ def check_batches(data: Any) -> None:
     """Refuse what gives examples one at a time, or is a batch itself.
 
     Raises:
-        TypeError: if the data is a data set without a loader, or tensors.
+        TypeError: if the data is none, a data set without a loader, or tensors or arrays.
     """
+    if data is None:
+        raise TypeError("The data is None; expected a data loader or a list of batches.")
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
             f"The data is a {type(data).__name__}, which gives one example at a time; expected batches. Wrap it: "
             "torch.utils.data.DataLoader(data, batch_size=...)."
         )
-    if isinstance(data, (Tensor, Mapping)) or (isinstance(data, tuple) and any(isinstance(d, Tensor) for d in data)):
+    array = (Tensor, np.ndarray)
+    if isinstance(data, (*array, Mapping)) or (isinstance(data, tuple) and any(isinstance(d, array) for d in data)):
         raise TypeError(
             f"The data is a {type(data).__name__}, which looks like one batch; expected a data loader or a list of "
             "batches. For a single batch give [(inputs, targets)]."
@@ -58,7 +61,7 @@ def numbered(data: Iterable[Any]) -> Iterator[tuple[int, Any]]:
     """The batches of a data set, with their numbers.
 
     Raises:
-        TypeError: if the data is a data set without a loader, or tensors.
+        TypeError: if the data is none, a data set without a loader, or tensors or arrays.
     """
     check_batches(data)
     yield from enumerate(data)

@@ -20,7 +20,7 @@ from lapkit.curvature.text import readable_size, text_table
 from lapkit.curvature.usage import STRUCTURES, ParameterUse, parameter_uses
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Inspection:
     """How a model's parameters are used, and what each structure of curvature costs on a batch like this one.
 
@@ -67,6 +67,10 @@ class Inspection:
         """How many numbers each structure keeps; the full matrix couples all parameters."""
         kept = {s: sum(row.numbers[s] for row in self.rows) for s in STRUCTURES}
         return kept | {"full": kept["diag"] ** 2}
+
+    def __repr__(self) -> str:
+        """Short, since `inspect` has printed the table."""
+        return f"{type(self).__name__}(parameters={len(self.rows)}, outputs={self.outputs}, columns={self.columns})"
 
     def __str__(self) -> str:
         """The table, and one line for each structure."""

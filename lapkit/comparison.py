@@ -175,7 +175,7 @@ def _remarks(named: dict[str, Laplace]) -> Iterator[str]:
     ]
     if conditional and len({model.n_params for model in named.values()}) > 1:
         yield (
-            f"{_listed(conditional)} take some of the trained weights as given: nothing is taken off for fitting those."
+            f"{_listed(conditional)} took some of the trained weights as given: nothing is taken off for fitting those."
         )
     estimated = [name for name, model in named.items() if model.columns.random or model.columns.dispersion_power != 1]
     if estimated:

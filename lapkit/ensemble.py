@@ -73,6 +73,10 @@ class LaplaceMixture:
             )
         self.weights = self.weights / self.weights.sum()
 
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{weight:.3g}" for weight in self.weights.tolist())
+        return f"{type(self).__name__}({len(self.members)} members, weights {shares})"
+
     def __call__(self, x: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
         """The mixture of the members' predictives.
 

@@ -15,7 +15,7 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Mu
 
 from lapkit.calibration import Report, SigmaScaling, TemperatureScaling, report
 from lapkit.choices import choice
-from lapkit.curvature import Bernoulli, Categorical, Engine, Likelihood, Parameters, borrowed
+from lapkit.curvature import Bernoulli, BradleyTerry, Categorical, Engine, Likelihood, Parameters, borrowed
 from lapkit.curvature.inputs import TARGET_KEYS, as_tensors, numbered, to_device, unpack
 from lapkit.facade.predictions import Predictions
 from lapkit.posteriors import LINKS, FunctionDistribution, predictive
@@ -67,7 +67,8 @@ def evaluate(
         The report: rows "MAP", "MAP + temperature" (or "MAP + sigma scaling"), "Laplace", "ensemble of M".
 
     Raises:
-        TypeError: if the likelihood is neither of classes nor Gaussian, or a batch has the wrong type.
+        TypeError: if the likelihood is neither of classes nor Gaussian, a batch has the wrong type, or the ensemble is
+            a single network.
         ValueError: if there are no data, they do not fit, or examples have weights.
         RuntimeError: before `fit`, or if the network's weights have changed since.
     """
@@ -93,7 +94,9 @@ def evaluate(
     predictions = {name: p[kept] if isinstance(p, Tensor) else p for name, p in rows(test).items()}
     outside = None if ood is None else rows(_seen(la, ood, ensemble, with_targets=False))
     notes = [*page.pop("notes", ()), _about(scaling), f"Laplace: {la!r}."]
-    page = {"inputs": test.inputs if bool(kept.all()) else None, "focus": "Laplace"} | page
+    # Several events of an example, or labels that are missing: rows are no examples.
+    rowwise = test.inputs is not None and len(test.inputs) == len(y) and bool(kept.all())
+    page = {"inputs": test.inputs if rowwise else None, "focus": "Laplace"} | page
     return report(predictions, y[kept], ood=outside, notes=notes, **page)
 
 
@@ -101,8 +104,11 @@ def _seen(la: Predictions, data: Iterable[Any], ensemble: Sequence[nn.Module], *
     """One pass over the data.
 
     Raises:
+        TypeError: if the ensemble is a single network.
         ValueError: if there are none, or examples have weights.
     """
+    if isinstance(ensemble, nn.Module):  # an nn.Sequential would be read as a list of its layers
+        raise TypeError(f"The ensemble is one {type(ensemble).__name__}; expected a list of networks.")
     means, covariances, targets, inputs = [], [], [], []
     members: list[list[Tensor]] = [[] for _ in ensemble]
     for number, batch in numbered(data):
@@ -190,6 +196,11 @@ def _labels(likelihood: Likelihood, y: Tensor) -> tuple[Tensor, Tensor]:
 @_labels.register
 def _(likelihood: Categorical, y: Tensor) -> tuple[Tensor, Tensor]:
     return y[:, 0], y[:, 0].ne(likelihood.ignore_index)
+
+
+@_labels.register
+def _(likelihood: BradleyTerry, y: Tensor) -> tuple[Tensor, Tensor]:
+    return y[:, 0], y[:, 0].ge(0)
 
 
 @_labels.register

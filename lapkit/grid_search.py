@@ -243,8 +243,9 @@ def warn_at_edge(grid: Grid, best: int) -> None:
     """Tell that a better precision may lie outside."""
     if best in (0, len(grid.precisions) - 1):
         side, there = ("smallest", "smaller") if best == 0 else ("largest", "larger")
+        other = "" if best == 0 else ", or the network is best without any uncertainty of its weights"
         warnings.warn(
             f"The {side} prior precision of the grid, {float(grid.precisions[best]):g}, is the best: a {there} one may "
-            "be better still. Widen the bounds.",
+            f"be better still{other}. Widen the bounds.",
             stacklevel=4,
         )

@@ -124,7 +124,7 @@ def _checked(la: Laplace, directions: Tensor) -> tuple[InvariantModel, Fit]:
     size, named = fit.parameters.numel, dict(model.named_parameters())
     if any(named[name] is not p for name, p in zip(fit.parameters.names, fit.parameters.tensors, strict=True)):
         raise ValueError("The fit is over single weights, a subnetwork; fit whole parameters, such as 'all'.")
-    if directions.ndim != 2 or directions.shape[1] != size:
+    if directions.ndim != 2 or directions.shape[1] != size or not len(directions):
         raise ValueError(f"Expected directions (M, {size}) in all fitted weights, got {tuple(directions.shape)}.")
     if la.forward_fn is not None:
         raise ValueError("An InvariantModel calls its network itself: wrap what forward_fn does in a module.")
@@ -168,7 +168,10 @@ def posterior_directions(la: Laplace, n_samples: int | None = None, generator: t
 
     Raises:
         RuntimeError: before `fit`.
+        ValueError: if there is not at least one.
     """
+    if n_samples is not None and n_samples < 1:
+        raise ValueError(f"Expected at least one direction, got n_samples={n_samples}.")
     mean, precision = la.posterior.mean, la.posterior.precision
     if n_samples is None:
         noise = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)

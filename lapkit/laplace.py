@@ -14,7 +14,7 @@ from lapkit.backends import BACKENDS
 from lapkit.calibration import Report
 from lapkit.checkpoint import read_state
 from lapkit.choices import CURVATURES, LIKELIHOODS, choice, curvature_structure
-from lapkit.curvature import Columns, Gaussian, Likelihood
+from lapkit.curvature import BradleyTerry, Columns, Gaussian, Likelihood
 from lapkit.curvature.capture.forward import ForwardFunction
 from lapkit.evaluation import evaluate
 from lapkit.facade.predictions import Predictions
@@ -122,6 +122,11 @@ class Laplace(Tuning, Predictions, Storage):
         self.model = model
         self.likelihood = self._likelihood(likelihood, sigma_noise)
         self.structure = curvature_structure(hessian_structure, rank, per_parameter, space)
+        if hessian_structure == "kron_reduce" and isinstance(self.likelihood, BradleyTerry):
+            raise ValueError(
+                "'kron_reduce' sums the gradients of whatever shares a weight, here of both rewards of a pair, which "
+                "cancel: next to no curvature is left. Choose 'kron' or 'ekfac'."
+            )
         self.prior = GaussianPrior(prior_precision, prior_mean)
         self.temperature = temperature
         self.columns = curvature if isinstance(curvature, Columns) else choice(CURVATURES, curvature, "curvature")
@@ -154,8 +159,11 @@ class Laplace(Tuning, Predictions, Storage):
         return chosen
 
     def __repr__(self) -> str:
-        about = "not fitted" if self._fit is None else f"{self.n_params} weights, {self._fit.count:g} examples"
-        return f"{type(self).__name__}({type(self.model).__name__}, {self.likelihood}; {about})"
+        low, high = (float(edge) for edge in torch.as_tensor(self.prior.precision).aminmax())
+        prior = f"prior precision {low:.4g}" + (f" to {high:.4g}" if high > low else "")
+        about = "not fitted" if self._fit is None else f"{self.n_params} weights, {self._fit.count:g} examples, {prior}"
+        what = f"{type(self.model).__name__}, {self.likelihood}, {self.subset_of_weights!r}, {self.structure}"
+        return f"{type(self).__name__}({what}; {about})"
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Report:
         """How good and how honest predictions are, beside MAP, MAP recalibrated, and an ensemble.
@@ -189,10 +197,12 @@ class Laplace(Tuning, Predictions, Storage):
             Fitted, with the hyper-parameters of that time.
 
         Raises:
-            TypeError: if the model is no module.
+            TypeError: if the model is no module, or the path is one.
             ValueError: if it is no file of a `Laplace`, of another version, or the model is not the one that was fitted
                 or was trained since.
         """
+        if isinstance(path, nn.Module):
+            raise TypeError(f"Expected load(path, model), got the {type(path).__name__} in the place of the path.")
         # The constructor refuses a network of frozen weights, with which predictions are welcome.
         la = cls(nn.ParameterList([torch.zeros(1)]), **{"likelihood": "classification", **settings})
         la.model = model

@@ -20,7 +20,7 @@ from lapkit.posteriors.eigenvalues import known_eigenvalues
 # Values outside are beyond what data of any scale can tell; the search stops there and says so.
 PRECISION_BOUNDS = (1e-6, 1e8)
 NOISE_BOUNDS = (1e-6, 1e6)
-NO_PRIOR = ("no prior at all", "all weights at the prior mean")
+NO_PRIOR = ("no prior at all, or say nothing (inputs always zero, dead units)", "all weights at the prior mean")
 NO_NOISE = ("no noise at all, as if the network reproduced the targets", "nothing but noise")
 EXHAUSTED = 0.9  # of the target values: with so many effective parameters, residuals say little of the noise
 SHOWN = 6  # parameters that a warning names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from lapkit.curvature import (
     BlockDiagonal,
     Columns,
+    Factored,
     Likelihood,
     LowRankSum,
     Parameters,
@@ -41,6 +43,10 @@ class Structure:
     make: Callable[[Parameters], Quantity]
     refine: Callable[[Parameters, Any], Quantity] | None = None
     factored: bool = False
+
+    def __str__(self) -> str:
+        """What is summed, by its names in `lapkit.curvature`."""
+        return " + ".join(_called(make) for make in (self.make, self.refine) if make is not None)
 
     def sum(
         self,
@@ -110,7 +116,15 @@ class Structure:
         if self.factored and isinstance(weights, Subnetwork):
             assert isinstance(found, BlockDiagonal)  # what factors are of
             return weights.principal(found)
+        if isinstance(found, Factored) and found.rank > found.size:  # else what is factored grows with the data
+            return found.expanded()
         return found
+
+
+def _called(make: Callable[..., Quantity]) -> str:
+    if not isinstance(make, partial):
+        return getattr(make, "__name__", repr(make))
+    return f"{_called(make.func)}({', '.join(f'{name}={value!r}' for name, value in make.keywords.items())})"
 
 
 def added(one: CurvatureSum, two: CurvatureSum, parameters: Parameters) -> CurvatureSum:

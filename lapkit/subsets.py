@@ -48,8 +48,8 @@ class Subset:
         if (self.wanted == "subnetwork") != (self.subnetwork is not None):
             raise ValueError(
                 f"subset_of_weights={self.wanted!r} with subnetwork={self.subnetwork!r}: "
-                "subset_of_weights='subnetwork' and subnetwork= (a mask of lapkit.subnetworks, or indices) belong "
-                "together."
+                "subset_of_weights='subnetwork' and subnetwork= (a mask, such as "
+                "lapkit.subnetworks.LargestMagnitude(100), or indices) belong together."
             )
         if self.last_layer_name is not None and self.wanted != "last_layer":
             raise ValueError(
@@ -61,7 +61,7 @@ class Subset:
         """The weights, where they are known without data.
 
         Raises:
-            TypeError: if indices of single weights are no integers.
+            TypeError: if indices of single weights are no integers, or a string.
             ValueError: if nothing can be trained, or a name or index picks nothing.
         """
         trainable = Parameters.of(model)
@@ -73,6 +73,11 @@ class Subset:
             return Parameters.of(model, self.wanted)
         if isinstance(self.subnetwork, SubnetworkMask):
             return None
+        if isinstance(self.subnetwork, str):
+            raise TypeError(
+                f"subnetwork={self.subnetwork!r}: expected places of weights or a mask, such as "
+                "lapkit.subnetworks.LargestMagnitude(100)."
+            )
         return Subnetwork.of(trainable, torch.as_tensor(self.subnetwork))
 
     def found(self, task: Task, *, again: bool = False) -> tuple[Weights, Iterable[Any]]:

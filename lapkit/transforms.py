@@ -47,7 +47,7 @@ class AffineTransform(Transform):
         initial: all ranges at the start, as shares of the largest ones: pi, 1, 1, 0.7, 0.7, 1.
 
     Raises:
-        ValueError: if there is no kind, one is unknown, or the share is not between 0 and 1.
+        ValueError: if there is no kind, one is unknown or given twice, or the share is not between 0 and 1.
 
     Example:
         >>> AffineTransform(("rotation", "shift_x"), initial=0.5).ranges
@@ -63,8 +63,12 @@ class AffineTransform(Transform):
     def __init__(self, kinds: Iterable[str] = ("rotation",), initial: float = 0.1) -> None:
         super().__init__()
         self.kinds = tuple(kinds)
-        if not self.kinds or set(self.kinds) - set(KINDS) or not 0 < initial < 1:
-            raise ValueError(f"Expected kinds of {KINDS} and a share between 0 and 1, got {self.kinds} and {initial}.")
+        each_once = len(set(self.kinds)) == len(self.kinds) > 0
+        if not each_once or set(self.kinds) - set(KINDS) or not 0 < initial < 1:
+            raise ValueError(
+                f"Expected kinds of {KINDS}, each at most once, and a share between 0 and 1, got {self.kinds} and "
+                f"{initial}."
+            )
         self.dimension = len(self.kinds)
         share = torch.full((self.dimension,), math.log(initial / (1 - initial)))
         self.logit = nn.Parameter(share, requires_grad=False)  # of the share of the largest range
@@ -75,6 +79,10 @@ class AffineTransform(Transform):
     def ranges(self) -> dict[str, float]:
         """The range of each kind: the largest parameter of that kind which occurs."""
         return dict(zip(self.kinds, (self.logit.sigmoid() * self.largest).tolist(), strict=True))
+
+    def extra_repr(self) -> str:
+        """The kinds, with their ranges."""
+        return ", ".join(f"{kind}={value:.4g}" for kind, value in self.ranges.items())
 
     def matrices(self, u: Tensor, aspect: float = 1.0) -> Tensor:
         """Of points `(x, y, 1)` of an image, both coordinates between -1 and 1.

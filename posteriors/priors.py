@@ -104,8 +104,8 @@ class GaussianPrior:
 
 
 def _beside(parameters: Parameters, value: Tensor | float) -> Tensor:
-    """A tensor where the weights are; a number gets their type, since torch's default type would round it."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.to(parameters.device)
+    """A tensor where the weights are, of their type or a wider one of its own; torch's default type would round it."""
     dtype = torch.promote_types(parameters.dtype, torch.float32)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        dtype = torch.promote_types(value.dtype, dtype)
     return torch.as_tensor(value, dtype=dtype, device=parameters.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 from lapkit.curvature.jacobians.conversion import converted, floating_type, tensors
 from lapkit.curvature.jacobians.jacobian import Jacobian, LayerJacobian
 from lapkit.curvature.memory import chunk_length
-from lapkit.curvature.operators.low_rank import LowRank, compressed
+from lapkit.curvature.operators.low_rank import LowRank, columns_of, gram
 from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.curvature.operators.woodbury import Woodbury
 
@@ -100,11 +100,11 @@ class Factored(Woodbury):
 
     def expanded(self) -> LowRank:
         """The same matrix with its columns written out, no more of them than weights."""
-        columns = self._like.new_zeros(self.size, 0)
-        for batch in self.batches:
-            rows = torch.cat([part.to_dense() for part in batch], dim=-1).flatten(0, 1)
-            columns = torch.cat([columns, rows.T], dim=1)
-            columns = compressed(columns) if columns.shape[1] > len(columns) else columns
+        rows = (torch.cat([part.to_dense() for part in batch], dim=-1).flatten(0, 1) for batch in self.batches)
+        if self.rank > self.size:
+            columns = columns_of(_summed(gram(some) for some in rows)).to(self._like.dtype)
+        else:
+            columns = torch.cat([some.T for some in rows], dim=1)
         return LowRank(columns, self._diagonal, self.factor, tuple(self.groups))
 
     def scale(self, factor: Tensor | float) -> Factored:

@@ -200,5 +200,10 @@ def compressed(columns: Tensor, rank: int | None = None) -> Tensor:
     if count <= size:
         _, vectors = symmetric_eigh(gram(columns))
         return columns @ vectors.flip(1)[:, :rank].to(columns.dtype)
-    values, vectors = symmetric_eigh(gram(columns.T))
-    return (vectors * values.sqrt()).flip(1)[:, :rank].to(columns.dtype)
+    return columns_of(gram(columns.T))[:, :rank].to(columns.dtype)
+
+
+def columns_of(matrix: Tensor) -> Tensor:
+    """`V` with `V V^T` a matrix `(P, P)` without negative eigenvalues: orthogonal columns of descending length."""
+    values, vectors = symmetric_eigh(matrix)
+    return (vectors * values.sqrt()).flip(1)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from lapkit.backends.library import Batch, Kernel, Library, Problem
 from lapkit.choices import STRUCTURES
@@ -33,10 +34,26 @@ def prepared(module: nn.Module) -> nn.Module:
     return extend(module, use_converter=bool(list(module.children())) and not isinstance(module, nn.Sequential))
 
 
+def check_joins(network: nn.Module) -> None:
+    """Refuse sums with a branch that BackPACK does not see: it would leave out that branch, and say nothing.
+
+    Raises:
+        ValueError: if what is no module is computed beside a sum.
+    """
+    from backpack.custom_module.branching import SumModule  # optional
+
+    if isinstance(network, GraphModule) and any(isinstance(m, SumModule) for m in network.modules()):
+        unseen = sorted({str(n.target) for n in network.graph.nodes if n.op in ("call_function", "call_method")})
+        if unseen:
+            raise ValueError(f"it adds up branches, and sees modules alone, none in the calls of {unseen}")
+
+
 def _found(problem: Problem, batch: Batch, names: Extensions) -> dict[str, Any]:
     """What an extension leaves on each parameter."""
     from backpack import backpack, extensions  # optional
 
+    if not isinstance(problem.columns, EmpiricalFisher):  # for which autograd's gradients suffice
+        check_joins(problem.model)
     kind = getattr(extensions, names[type(problem.columns)])
     extension = kind(problem.samples) if isinstance(problem.columns, MonteCarloGGN) else kind()
     x, y = batch

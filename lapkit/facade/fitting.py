@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC
 from collections.abc import Iterable
 from operator import length_hint
@@ -11,12 +12,22 @@ import torch
 from torch import nn
 
 from lapkit.backends import BACKENDS
-from lapkit.curvature import Columns, Engine, Likelihood, Parameters, Subnetwork, SubnetworkEngine
+from lapkit.curvature import (
+    Columns,
+    Engine,
+    Likelihood,
+    Parameters,
+    Subnetwork,
+    SubnetworkEngine,
+    SymmetricOperator,
+)
 from lapkit.curvature.accumulate import Totals
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.capture.forward import ForwardFunction
 from lapkit.curvature.fingerprint import fingerprint
 from lapkit.curvature.inputs import check_batches
 from lapkit.curvature.jacobians.jacobian import summable
+from lapkit.curvature.operators.woodbury import Woodbury
 from lapkit.curvature.quantities.results import CurvatureSum
 from lapkit.posteriors import Fit, GaussianPosterior, GaussianPrior
 from lapkit.posteriors.function_space.subset import Subset as SubsetOfData
@@ -26,6 +37,7 @@ from lapkit.subnetworks import Task
 from lapkit.subsets import Subset, Weights
 
 _Self = TypeVar("_Self", bound="Fitting")
+MANY = 5000  # columns, of which the factorisation of a matrix between them takes minutes
 
 
 class Fitting(ABC):
@@ -109,6 +121,7 @@ class Fitting(ABC):
             if not override and self._sums is not None:
                 sums, totals = added(self._sums[0], sums, random), self._sums[1] + totals
             self._adopt(weights, sums, totals, likelihood)
+        _warn_of_size(self.fitted.curvature)
         return self
 
     def _adopt(self, weights: Weights, sums: CurvatureSum, totals: Totals, likelihood: Likelihood) -> None:
@@ -205,3 +218,16 @@ class Fitting(ABC):
     def _weights(self) -> Weights:
         """The random weights: of whole tensors, or single ones."""
         return self.fitted.parameters if self._subnetwork is None else self._subnetwork
+
+
+def _warn_of_size(curvature: SymmetricOperator) -> None:
+    """Say before it happens that predictions and evidences will take long."""
+    if isinstance(curvature, Woodbury) and curvature.rank > MANY:
+        size = curvature.rank
+        warnings.warn(
+            f"The curvature has {size} columns, one for each example and output or for each weight, whichever are "
+            f"fewer. Each new prior precision or noise factors a matrix of {size} x {size} numbers, which takes "
+            "minutes where there are many. To be faster, condition on fewer examples (hessian_structure='gp' with "
+            "subset_of_data=500), or choose 'kron' or fewer weights (subset_of_weights='last_layer').",
+            stacklevel=callers_level(),
+        )

@@ -70,8 +70,8 @@ def tune_output_noise(
         Whether the noises stand still.
 
     Raises:
-        ValueError: if the likelihood has no noise for each output, curvature is random or no GGN, or the data are not
-            those that were fitted.
+        ValueError: if the likelihood has no noise for each output, curvature is random or no GGN, steps or bounds are
+            none, or the data are not those that were fitted.
 
     Reference:
         MacKay, Bayesian interpolation, 1992, eq. (4.9), for each output.
@@ -80,6 +80,10 @@ def tune_output_noise(
         raise ValueError(
             "noise_loader finds a noise for each output, by the exact GGN: it needs the likelihood PerOutputGaussian "
             f"and curvature='ggn', got {la.likelihood} and {la.columns}. One noise for all needs no noise_loader."
+        )
+    if n_steps < 1 or not 0 < bounds[0] < bounds[1] < math.inf:
+        raise ValueError(
+            f"Expected at least one step, and noise bounds that ascend, got n_steps={n_steps} and {bounds}."
         )
     change = math.inf
     for _ in range(n_steps):

@@ -135,8 +135,15 @@ class Posterior(Fitting):
 
         Raises:
             RuntimeError: before `fit`.
-            ValueError: if a value is not positive or has a wrong length, or there is no noise.
+            ValueError: if a value is not positive or has a wrong length, there is no noise, or the evidence is not
+                finite.
         """
         prior = self.prior if prior_precision is None else GaussianPrior(prior_precision, self.prior.mean)
         likelihood = self.likelihood if sigma_noise is None else self.likelihood.with_noise(sigma_noise)
-        return log_evidence(self.fitted, likelihood, prior, self.temperature)
+        found = log_evidence(self.fitted, likelihood, prior, self.temperature)
+        if not torch.isfinite(found.detach()):
+            raise ValueError(
+                f"The evidence is {float(found.detach())}: prior precision, noise or temperature are so extreme that "
+                f"their quotients leave the range of {found.dtype}. Take others, or a model in float64."
+            )
+        return found

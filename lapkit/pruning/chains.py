@@ -72,9 +72,11 @@ def chain_of(model: nn.Module) -> list[Link]:
         One link for each layer but the last.
 
     Raises:
-        ValueError: if a module is not of these kinds, a convolution has groups, or sizes do not fit.
+        ValueError: if a module is not of these kinds, a convolution has groups, sizes do not fit, or a weight is used
+            twice.
     """
     found = _opened("", unwrapped(model))
+    _check_used_once(found)
     at = [i for i, (_, module) in enumerate(found) if isinstance(module, LAYERS)]
     links = []
     for here, there in pairwise(at):
@@ -96,7 +98,9 @@ def _opened(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         ValueError: if a module is not of a known kind.
     """
     if type(module).forward is nn.Sequential.forward:
-        return [f for n, child in module.named_children() for f in _opened(f"{name}.{n}" if name else n, child)]
+        # one activation may stand in several places, of which named_children() gives the first alone
+        children = [(n, c) for n, c in module.named_modules(remove_duplicate=False) if n and "." not in n]
+        return [f for n, child in children for f in _opened(f"{name}.{n}" if name else n, child)]
     if type(module) in (*LAYERS, *BATCH_NORMS, *ELEMENTWISE, *INERT, *BY_CHANNEL, nn.Flatten):
         return [(name, module)]
     raise ValueError(
@@ -104,6 +108,23 @@ def _opened(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         "norms, elementwise activations, pooling, dropout and nn.Flatten() in nn.Sequential. Prune rows instead "
         "(unit='row'), or give the groups as Units."
     )
+
+
+def _check_used_once(found: list[tuple[str, nn.Module]]) -> None:
+    """Refuse a layer, or a weight, in two places: what leads out of a neuron in one leads into it in the other.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    seen: dict[int, str] = {}
+    for name, module in found:
+        if isinstance(module, (*LAYERS, *BATCH_NORMS)):
+            for part in (module, *module.parameters()):
+                if seen.setdefault(id(part), name) != name:
+                    raise ValueError(
+                        f"{name} has the weights of {seen[id(part)]}: a neuron of the one is none of the other. Prune "
+                        "rows instead (unit='row'), or give the groups as Units."
+                    )
 
 
 def _check(link: Link) -> None:

@@ -14,6 +14,7 @@ from lapkit.pruning.restriction import marginal
 from lapkit.pruning.units import Units
 
 Score = Callable[[Quadratic, Units], Tensor]
+ROUNDING = 1e-3  # relative, in which the diagonals of precisions that were summed in single precision agree
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def magnitude_score(quadratic: Quadratic, units: Units) -> Tensor:
 
 
 def obd_score(quadratic: Quadratic, units: Units) -> Tensor:
-    """`sum_q H_qq w_q^2 / 2` with the curvature H of the data alone: optimal brain damage.
+    """`sum_q H_qq w_q^2 / 2` with the curvature H of the data alone, over the temperature: optimal brain damage.
 
     Reference:
         LeCun, Denker, Solla, Optimal brain damage, 1990.
@@ -102,7 +103,7 @@ def evidence_score(quadratic: Quadratic, units: Units) -> Tensor:
     negative then, and what is useless is near zero, so that a small positive threshold serves.
 
     Raises:
-        ValueError: if there is no prior.
+        ValueError: if there is no prior, or the structure only approximates it, as "kron" does one for each weight.
 
     Reference:
         Dickey, The weighted likelihood ratio, 1971; Beckers et al., Principled pruning of Bayesian neural networks
@@ -129,13 +130,20 @@ def random_scores(generator: torch.Generator | None = None) -> Criterion:
 
 
 def check_prior(quadratic: Quadratic) -> None:
-    """Refuse an evidence without a prior.
+    """Refuse an evidence without a prior, or with one that the structure of the precision has changed.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or it is not what was added to the curvature.
     """
     if not (quadratic.prior_precision > 0).all():
         raise ValueError("This quadratic model has no prior, so no evidence. Give a fitted Laplace, or use 'obs'.")
+    exact = quadratic.curvature.diagonal() + quadratic.prior_precision
+    if ((quadratic.precision.diagonal() - exact).abs() > ROUNDING * exact).any():
+        raise ValueError(
+            "This structure ('kron', 'ekfac') only approximates a prior precision for each weight, so that evidences "
+            "with and without a weight do not compare: it would prune weights that are worth having. Use 'diag', "
+            "'blockdiag', 'full' or 'lowrank', a precision for each tensor (prior_structure='layerwise'), or 'obs'."
+        )
 
 
 def prior_terms(quadratic: Quadratic, units: Units) -> Tensor:

@@ -42,14 +42,15 @@ def head_weights(name: str, module: nn.Module) -> list[HeadWeights]:
         module: any.
 
     Returns:
-        Weights and biases of queries, keys and values, and the weight of the output.
+        Weights and biases of queries, keys and values, and the weight of the output; none where several heads share
+        keys and values.
     """
     prefix = f"{name}." if name else ""
     if isinstance(module, nn.MultiheadAttention):
         return [HeadWeights(prefix + n, module.num_heads, a, s) for n, a, s in _multihead(module)]
     heads = next((getattr(module, n) for n in COUNTS if isinstance(getattr(module, n, None), int)), 0)
     inputs = next((names for names in INPUTS if all(_is_linear(module, n, 0, heads) for n in names)), None)
-    if inputs is None:
+    if inputs is None or _is_grouped(module, inputs):
         return []
     found = [HeadWeights(f"{prefix}{n}.{kind}", heads, 0) for n in inputs for kind in ("weight", "bias")]
     output = next((n for n in OUTPUTS if _is_linear(module, n, 1, heads)), None)
@@ -63,6 +64,12 @@ def _multihead(module: nn.MultiheadAttention) -> Iterator[tuple[str, int, int]]:
         yield from ((f"{letter}_proj_weight", 0, 1) for letter in "qkv")
     yield "in_proj_bias", 0, 3
     yield "out_proj.weight", 1, 1
+
+
+def _is_grouped(module: nn.Module, inputs: tuple[str, str, str]) -> bool:
+    """Whether several heads share keys and values, so that none has weights of its own there."""
+    query, key, _ = (getattr(module, name).weight.shape[0] for name in inputs)
+    return bool(query != key)
 
 
 def _is_linear(module: nn.Module, name: str, axis: int, heads: int) -> bool:

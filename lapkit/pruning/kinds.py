@@ -81,7 +81,7 @@ def neuron_units(
         One unit for each neuron.
 
     Raises:
-        ValueError: if the network is no chain of known layers.
+        ValueError: if the network is no chain of known layers, or none of these may lose a neuron.
     """
     allowed = {parameters.names[t] for t in chosen}
     groups: list[Tensor] = []
@@ -95,6 +95,11 @@ def neuron_units(
         groups += found
         layers += [len(names)] * len(found)
         names.append(name)
+    if not groups:
+        raise ValueError(
+            f"None of {', '.join(kind.__name__ for kind in kinds)} is before the last layer of this network, among the "
+            "weights that may be pruned. Prune 'weight', 'row' or 'neuron' instead, or ignore= less."
+        )
     return Units.of(groups, layers, names)
 
 

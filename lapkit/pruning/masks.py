@@ -41,8 +41,8 @@ def pruning_masks(scores: Scores, amount: float) -> Scores:
 
     Args:
         scores: by `(module, parameter name)`.
-        amount: fraction to remove, in [0, 1). The count is exact, also where scores tie: of equal ones the first are
-            removed.
+        amount: fraction to remove, in [0, 1), the `sparsity` of `prune`. The count is exact, also where scores tie: of
+            equal ones the first are removed.
 
     Returns:
         Ones and zeros in the shape of the scores.
@@ -83,9 +83,14 @@ def apply_masks(model: nn.Module, masks: Scores, *, permanent: bool = False) -> 
         The same model.
 
     Raises:
+        TypeError: if masks are named otherwise.
         ValueError: if a mask belongs to a module of another model.
     """
     own = set(model.modules())
+    if not all(isinstance(key, tuple) and len(key) == 2 for key in masks):
+        raise TypeError(
+            f"Masks are named by (module, parameter name), as those of pruning_masks are, got {list(masks)}."
+        )
     for (module, name), mask in masks.items():
         if module not in own:
             raise ValueError(f"A mask belongs to a {type(module).__name__} that is not in this model.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -40,8 +41,9 @@ def prune(
     Args:
         la: fitted, with the prior that the network was trained with or one of the largest evidence; or a quadratic
             model, such as that of `woodfisher`.
-        sparsity: the fraction of all units that is gone afterwards, in [0, 1), or `(n, m)` to keep n of every m weights
-            along the inputs of a layer. None leaves it to the scores.
+        sparsity: the fraction of all units that is gone afterwards, in [0, 1) (the `amount` of `pruning_masks`), or
+            `(n, m)` to keep n of every m weights along the inputs of a layer. Of a subnetwork, units of which no weight
+            is random count only if they are zero, as after an earlier pruning. None leaves it to the scores.
         criterion: a key of `CRITERIA`: "obs", "evidence", "obd", "opd", "joint", "magnitude" or "random"; or a
             `Criterion`.
         threshold: without a sparsity, the score below which units go. The criterion "evidence" has one by itself, zero:
@@ -55,14 +57,14 @@ def prune(
         compensate: whether the surviving weights make up for the others, as far as the curvature knows how; by default
             as the criterion assumes.
         floor: the fraction of each layer's units that stays, whatever their scores, and at least one.
-        ignore: names of parameters or modules that are left alone. Biases and normalisation always are, except as parts
-            of a unit.
+        ignore: names of parameters or modules of which no unit goes. They may lose what belongs to a unit of another
+            layer, and may make up for others. Of biases and normalisation nothing goes, except as parts of a unit.
 
     Returns:
         Masks, new weights and the predicted cost.
 
     Raises:
-        RuntimeError: before `fit`.
+        RuntimeError: before `fit`, or if the network's weights are not those that were fitted.
         ValueError: if a setting is unknown or out of range, or settings do not go together.
 
     Example:
@@ -80,12 +82,16 @@ def prune(
         razor, 2024.
     """
     chosen = criterion_named(criterion)
+    if threshold is not None and math.isnan(threshold):
+        raise ValueError("The threshold is NaN; nothing is below it.")
     if (sparsity is not None and threshold is not None) or (sparsity is None and threshold is None and not chosen.gain):
         raise ValueError(
             f"Expected a sparsity or a threshold, got {sparsity} and {threshold}; criterion='evidence' goes without."
         )
     quadratic = la if isinstance(la, Quadratic) else Quadratic.of(la)
     everything = _units(quadratic, unit, ignore)
+    if not isinstance(sparsity, tuple):  # of which the groups are whole
+        everything = _that_count(quadratic, everything)
     own, left = everything.moved(quadratic.local(everything.members))
     before = _gone_before(quadratic, everything, left)
     random = torch.zeros_like(before)
@@ -119,6 +125,14 @@ def _units(quadratic: Quadratic, unit: str | Units, ignore: Iterable[str]) -> Un
         return unit
     model = unwrapped(quadratic.model)
     return choice(UNITS, unit, "unit")(model, quadratic.whole, candidates(model, quadratic.whole, ignore))
+
+
+def _that_count(quadratic: Quadratic, units: Units) -> Units:
+    """Those that may go and those that have gone: fixed weights outside of a subnetwork are neither."""
+    _, left = units.moved(quadratic.local(units.members))
+    count = _gone_before(quadratic, units, left)
+    count[left] = True
+    return units.moved(torch.where(count[units.owner], units.members, -1))[0]
 
 
 def _gone_before(quadratic: Quadratic, units: Units, left: Tensor) -> Tensor:

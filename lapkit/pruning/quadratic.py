@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lapkit.curvature import Parameters, Subnetwork, SymmetricOperator
+from lapkit.curvature.parameters import unwrapped
 from lapkit.laplace import Laplace
 from lapkit.pruning.restriction import compact, restricted_solve
 from lapkit.subsets import places_among
+
+STALE = (
+    "The network's weights are not those that were fitted: it was pruned, masked or trained since. Make its masks "
+    "permanent, torch.nn.utils.prune.remove(module, 'weight'), and call fit again."
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +48,28 @@ class Quadratic:
     prior_mean: Tensor
 
     @classmethod
-    def of(cls, la: Laplace) -> Quadratic:
+    def of(cls, la: Laplace, names: Iterable[str] | None = None) -> Quadratic:
         """That of a fitted posterior.
 
         Args:
             la: fitted, on whole parameters or on single weights that were given by indices.
+            names: of the tensors in which units are counted; by default those that hold a fitted weight.
 
         Returns:
             The model of its negative log posterior.
 
         Raises:
-            RuntimeError: before `fit`.
+            RuntimeError: before `fit`, or if the network's weights are not those that were fitted.
             ValueError: if the weights were chosen by a mask that needs data.
         """
         fit, prior, wide = la.fitted, la.prior, torch.float64
-        whole, places = _location(la)
+        present = {name for name, _ in unwrapped(la.model).named_parameters()}
+        if not present.issuperset(fit.parameters.names):
+            raise RuntimeError(STALE)
+        whole, places = _location(la, names)
         weights = fit.mean.to(wide)
+        if not torch.equal(whole.vector()[places].to(wide), weights):
+            raise RuntimeError(STALE)
         scale = fit.curvature_scale(la.likelihood, la.temperature)
         return cls(
             la.model,
@@ -118,8 +131,8 @@ class Quadratic:
         return change
 
 
-def _location(la: Laplace) -> tuple[Parameters, Tensor]:
-    """The tensors of the network that hold the fitted weights, and where the weights stand in them.
+def _location(la: Laplace, names: Iterable[str] | None) -> tuple[Parameters, Tensor]:
+    """The tensors of the network that hold the fitted weights, or those named, and where the weights stand in them.
 
     Raises:
         ValueError: if that is not known.
@@ -131,7 +144,8 @@ def _location(la: Laplace) -> tuple[Parameters, Tensor]:
             "Laplace(..., 'subnetwork', subnetwork=mask.choose(task))."
         )
     if isinstance(weights, Subnetwork):
-        everything = Parameters.of(la.model)
-        return everything, places_among(weights, la.model).nonzero()[:, 0]
+        whole = Parameters.of(la.model, weights.whole.names if names is None else names)
+        chosen = Parameters.of(la.model).split(places_among(weights, la.model))
+        return whole, torch.cat([chosen[name].flatten() for name in whole.names]).nonzero()[:, 0]
     whole = Parameters.of(la.model, la.fitted.parameters.names)
     return whole, torch.arange(whole.numel, device=whole.device)

@@ -24,7 +24,9 @@ def surviving(
 ) -> Laplace:
     """A posterior like the one that was pruned, over the weights that are left; those that have gone are fixed.
 
-    Its evidence compares with that of the dense network: it is that of a smaller model.
+    Its evidence compares with that of the dense network: it is that of a smaller model. Only with "kron" or "ekfac"
+    and a prior precision for each weight it does not: they approximate such a prior for whole layers, and take it as it
+    is for single weights.
 
     Args:
         la: that was pruned; likelihood, structure, prior and all other settings are its.

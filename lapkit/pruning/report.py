@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature import Parameters, borrowed
+from lapkit.curvature.accumulate import EMPTY
 from lapkit.curvature.inputs import numbered, to_device, unpack
 from lapkit.laplace import Laplace
 from lapkit.posteriors import GaussianPrior
@@ -99,7 +100,7 @@ def report(la: Laplace, result: PruneResult, data: Iterable[Any]) -> PruneReport
 
     Raises:
         TypeError: if the data can be run through only once.
-        ValueError: if the network's weights are not those that were fitted.
+        ValueError: if the network's weights are not those that were fitted, or there are no data.
     """
     if isinstance(data, Iterator):
         raise TypeError(f"The report reads the data twice; a {type(data).__name__} is used up after one pass.")
@@ -113,6 +114,8 @@ def report(la: Laplace, result: PruneResult, data: Iterable[Any]) -> PruneReport
     after = torch.cat([w.flatten() for w in result.weights.values()])
     change = (after.double() - before.double())[quadratic.places]
     loss, gradient, examples = _misfit(la, parameters, data, differentiate=True)
+    if not examples:
+        raise ValueError(EMPTY)
     with _weights(parameters, after):
         pruned, _, _ = _misfit(la, parameters, data, differentiate=False)
     delta, deviation = quadratic.prior_precision, quadratic.weights - quadratic.prior_mean

@@ -16,7 +16,7 @@ from lapkit.pruning.masks import Scores, apply_masks, place
 from lapkit.pruning.quadratic import Quadratic
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PruneResult:
     """A pruned network, as numbers; no network is touched until `apply`.
 
@@ -86,24 +86,46 @@ class PruneResult:
             ValueError: if the network has other parameters.
         """
         model = self.quadratic.model if model is None else model
-        own = dict(unwrapped(model).named_parameters())
-        wrong = [n for n, w in self.weights.items() if n not in own or own[n].shape != w.shape]
-        if wrong:
-            raise ValueError(
-                f"The network has no parameters {wrong} of these shapes, so it is no copy of the fitted one."
-            )
+        own = self._tensors(model)
         with torch.no_grad():
             for name, weight in self.weights.items():
                 own[name].copy_(weight)
         return apply_masks(model, self._masks(model), permanent=permanent)
 
+    def _tensors(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The tensors of a network by name.
+
+        Raises:
+            ValueError: if those that hold the weights are not among them.
+        """
+        own = dict(unwrapped(model).named_parameters())
+        wrong = [n for n, w in self.weights.items() if n not in own or own[n].shape != w.shape]
+        if wrong:
+            raise ValueError(
+                f"The network has no parameters {wrong} of these shapes: it is no copy of the fitted one, or it has "
+                "masks, which lapkit.pruning.make_permanent(model) takes off."
+            )
+        return own
+
     def pruned(self) -> nn.Module:
-        """A copy of the network with the new weights, the zeros written into them."""
+        """A copy of the network with the new weights, the zeros written into them.
+
+        Raises:
+            ValueError: if the network carries masks by now.
+        """
+        self._tensors(self.quadratic.model)  # a network with masks cannot be copied
         return self.apply(copy.deepcopy(self.quadratic.model), permanent=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A plain state dict of the pruned network: the names and shapes of the network that was fitted."""
+        """A plain state dict of the pruned network: the names and shapes of the network that was fitted.
+
+        Raises:
+            ValueError: if the network carries masks by now.
+        """
         return dict(unwrapped(self.pruned()).state_dict())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.units[1]} of {self.units[0]} units gone)"
 
     def __str__(self) -> str:
         lines = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -104,10 +105,10 @@ def room_for(
         return _pattern(sparsity, units, quadratic)
     pools = _numbered(_rows(quadratic), units) if pool == "row" else units.layers
     sizes = torch.bincount(pools)
-    most = sizes - (floor * sizes - 1e-9).ceil().long().clamp_min(1)
+    most = (sizes - (floor * sizes - 1e-9).ceil().long().clamp_min(1)).clamp_min(0)  # of a layer with none that counts
     if sparsity is None:
         return Room(pools, most, None, 0.0 if threshold is None else threshold)
-    if not 0 <= sparsity < 1:
+    if not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
         raise ValueError(f"A sparsity is a fraction in [0, 1), or (n, m), got {sparsity!r}.")
     if pool == "global":
         return Room(pools, most, round(sparsity * len(units)))
@@ -122,14 +123,14 @@ def _pattern(pattern: tuple[int, int], units: Units, quadratic: Quadratic) -> Ro
         ValueError: if that is no pattern, or the inputs of a layer do not come in groups of M.
     """
     kept, size = pattern
-    if not 0 < kept < size:
-        raise ValueError(f"A pattern (n, m) keeps n of every m weights, 0 < n < m, got {pattern}.")
+    if not (isinstance(kept, int) and isinstance(size, int) and 0 < kept < size):
+        raise ValueError(f"A pattern (n, m) keeps n of every m weights, integers with 0 < n < m, got {pattern}.")
     numbers, parameters, last = torch.full((quadratic.whole.numel,), -1), quadratic.whole, 0
     for name in units.names:
         places = places_of(parameters, name).movedim(1 - _output_axis(quadratic.model, name), -1)
         if places.shape[-1] % size:
             raise ValueError(f"{name} has {places.shape[-1]} inputs, not a multiple of {size}: put it into ignore.")
-        groups = places.reshape(-1, size)
+        groups = places.reshape(-1, size).cpu()
         numbers[groups] = torch.arange(len(groups))[:, None] + last
         last += len(groups)
     pools = _numbered(numbers, units)

@@ -19,8 +19,8 @@ from lapkit.pruning.quadratic import Quadratic
 def obd_saliency(la: Laplace) -> Scores:
     """Optimal brain damage: `H_ii w_i^2 / 2`, by how many nats the loss rises when a weight alone is set to zero.
 
-    H is the curvature of the fitted Laplace, summed over the data and without the prior. Vectors (biases,
-    normalisation) are left out: they are few and costly to lose.
+    H is the curvature of the fitted Laplace, summed over the data, without the prior, at temperature one. Vectors
+    (biases, normalisation) are left out: they are few and costly to lose.
 
     Args:
         la: fitted, on all weights that may be pruned.

@@ -12,6 +12,7 @@ from torch.nn.utils import prune as torch_prune
 
 from lapkit.laplace import Laplace
 from lapkit.pruning.prune import prune
+from lapkit.pruning.quadratic import Quadratic
 from lapkit.pruning.refitting import surviving
 from lapkit.pruning.result import PruneResult
 
@@ -103,8 +104,10 @@ def prune_gradually(
     if not schedule or list(schedule) != sorted(schedule):
         raise ValueError(f"A schedule is a list of ascending sparsities, got {list(schedule)}.")
     rounds: list[PruneResult] = []
+    names = None  # sparsities are of the same units in each round
     for sparsity in schedule:
-        rounds.append(prune(la, sparsity, criterion, **options))
+        rounds.append(prune(Quadratic.of(la, names), sparsity, criterion, **options))
+        names = rounds[0].parameters.names
         model = rounds[-1].pruned()
         if train is not None:
             masked = rounds[-1].apply(copy.deepcopy(model))
@@ -142,7 +145,9 @@ def make_permanent(model: nn.Module) -> nn.Module:
         The same model.
     """
     for module in model.modules():
-        masks = [name for name, _ in module.named_buffers(recurse=False) if name.endswith("_mask")]
-        for name in masks:
-            torch_prune.remove(module, name.removesuffix("_mask"))
+        masked = [n.removesuffix("_orig") for n, _ in module.named_parameters(recurse=False) if n.endswith("_orig")]
+        buffers = {name for name, _ in module.named_buffers(recurse=False)}
+        for name in masked:
+            if f"{name}_mask" in buffers:  # others, such as a causal mask, are the network's own
+                torch_prune.remove(module, name)
     return model

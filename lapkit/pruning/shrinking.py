@@ -110,16 +110,17 @@ def _constants(link: Link) -> Tensor:
 def _normalised(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, value: Tensor) -> Tensor:
     """A batch norm in eval mode; without running statistics a constant becomes the shift."""
     if norm.running_mean is None or norm.running_var is None:
-        value = torch.zeros_like(value)
+        value = value * 0  # NaN, several values, stays NaN
     else:
         value = (value - norm.running_mean) / (norm.running_var + norm.eps).sqrt()
-    return value if norm.weight is None else value * norm.weight + norm.bias
+    value = value if norm.weight is None else value * norm.weight
+    return value if norm.bias is None else value + norm.bias
 
 
 def _pads(layer: Layer) -> bool:
     """Whether the next layer sees zeros at the borders, where a constant is none."""
     return not isinstance(layer, nn.Linear) and (
-        layer.padding == "same" or any(p not in (0, "valid") for p in layer.padding)
+        layer.padding == "same" if isinstance(layer.padding, str) else any(layer.padding)
     )
 
 

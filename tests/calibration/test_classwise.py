@@ -113,9 +113,11 @@ def test_what_is_refused():
     for order in [0.5, math.inf, math.nan]:
         with pytest.raises(ValueError, match=r"order is .*, expected a finite one"):
             classwise_calibration_error(p, y, order=order)
-    for threshold in [-0.1, 0.25, 1.0, math.nan]:
-        with pytest.raises(ValueError, match=r"threshold is .*, expected one from 0 to less than 1/4"):
+    for threshold in [-0.1, 1.0, math.nan]:
+        with pytest.raises(ValueError, match=r"threshold is .*, expected one from 0 to less than 1,"):
             thresholded_adaptive_calibration_error(p, y, threshold=threshold)
+    with pytest.raises(ValueError, match=r"threshold is 0\.99999, and no probability is above it"):
+        thresholded_adaptive_calibration_error(p, y, threshold=0.99999)
     for function in (adaptive_calibration_error, classwise_calibration_error, debiased_classwise_calibration_error):
         with pytest.raises(ValueError, match=r"bins is 0, expected at least 1"):
             function(p, y, bins=0)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lapkit.calibration import (
+    SmoothCalibrationError,
     aupr,
     auroc,
     brier,
@@ -16,6 +17,7 @@ from lapkit.calibration import (
     disagreement_with_mean,
     entropy,
     entropy_split,
+    event,
     event_reliability_curve,
     event_score_decomposition,
     expected_calibration_error,
@@ -72,6 +74,27 @@ def test_smooth_error():
     assert found == case("smooth_ece_auto_sigma", **automatic)
     assert found == pytest.approx(0.08457013448969519, abs=1e-7)
     assert smooth_calibration_error(MULTI, Y, sigma=0.05) == case("smooth_ece_sigma_0.05", sigma=0.05)
+
+
+def test_smooth_error_on_the_scale_of_log_odds():
+    """The oracle's number is a library's sum at 200 points of the probability; refined, that sum ends where ours is.
+
+    The library's own sum gives 0.0986, 0.1030, 0.1033, 0.1033 at 200, 500, 1,000 and 50,000 points.
+    """
+    p, y = tensor("binary", "p"), tensor("binary", "y")
+    found = SmoothCalibrationError(pairs=event, kernel="log_odds")(p, y)
+    oracle = case("smooth_ece_auto_logit_kernel", kernel="logit gaussian")
+    cut = p.clamp(1e-3, 1 - 1e-3).logit()
+
+    def summed(at, weights, sigma):
+        kernel = (-((at.logit()[:, None] - cut) ** 2) / (2 * (4 * sigma) ** 2)).exp()
+        return float(((kernel @ (p - y)).abs() * weights).sum() / ((kernel.sum(1) * weights).sum()))
+
+    t = torch.linspace(0, 1, 200)[1:-1]
+    twice = torch.ones(198).index_fill(0, torch.tensor([0, 197]), 2.0)  # the library pads with the outermost points
+    assert summed(t, twice / (t * (1 - t)), 0.0985452388783558) == oracle
+    odds = torch.linspace(-30, 30, 60001)
+    assert summed(odds.sigmoid(), torch.ones(()), found) == pytest.approx(found, abs=1e-5)
 
 
 def test_values_on_edges_fall_to_the_left():

@@ -124,7 +124,8 @@ def test_scores_of_a_regression_are_the_metrics():
         assert row["OOD AUROC"] == 0.5
     draws = report({"draws": Samples(torch.randn(50, 90))}, y)
     assert np.isnan(draws.rows["draws"]["NLL"])
-    assert "nan" in str(draws)
+    assert draws.to_dict()["rows"]["draws"]["NLL"] is None
+    assert "nan" not in str(draws) + draws.to_html()
 
 
 def test_the_table_prints_a_line_for_each_method():

@@ -100,3 +100,21 @@ def test_the_state_is_of_a_fixed_size():
 def test_widths_that_are_none_are_refused(sigma):
     with pytest.raises(ValueError, match=r"sigma is .*, expected a width in \(0, 1\]"):
         smooth_calibration_error(*problem(), sigma=sigma)
+
+
+@pytest.mark.parametrize("sigma", [0.02, 0.1, 1.0])
+@pytest.mark.parametrize("pairs", [top_label, event])
+def test_on_the_scale_of_log_odds_too(pairs, sigma):
+    p, y = problem()
+    given = (p, y) if pairs is top_label else (p[:, 0], y == 0)
+    confidence, outcome = pairs(*given)
+    at = torch.linspace(-32, 32, 20001)[:, None]
+    kernel = (-((at - confidence.clamp(1e-3, 1 - 1e-3).logit()) ** 2) / (2 * (4 * sigma) ** 2)).exp()
+    mean = (kernel / (4 * sigma * math.sqrt(2 * math.pi)) * (confidence - outcome)).mean(dim=1).abs()
+    found = SmoothCalibrationError(sigma, pairs, kernel="log_odds")(*given)
+    assert found == pytest.approx(torch.trapezoid(mean, at[:, 0]).item(), abs=1e-4)
+
+
+def test_an_unknown_kernel_is_refused():
+    with pytest.raises(ValueError, match="'logit', expected one of 'reflected', 'log_odds'"):
+        SmoothCalibrationError(kernel="logit")

@@ -91,7 +91,9 @@ def test_only_exact_blocks_are_called_exact():
 
 def test_looking_without_printing(mixture, capsys):
     model = nn.Linear(3, 2)
-    assert str(inspection(model, torch.randn(4, 3)))
+    found = inspection(model, torch.randn(4, 3))
+    assert str(found).startswith("parameters: 2")
+    assert repr(found) == "Inspection(parameters=2, outputs=(2,), columns=2)"  # a notebook shows it below the table
     assert capsys.readouterr().out == ""
 
 

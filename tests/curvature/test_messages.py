@@ -115,6 +115,9 @@ def test_batches_that_are_none():
     refused(TypeError, "a int for targets.*DataLoader", [(x[0], 1)])
     refused(TypeError, "looks like one batch.*For a single batch give", (x, y))
     refused(TypeError, "looks like one batch", {"input": x, "labels": y})
+    refused(TypeError, "looks like one batch", (x.numpy(), y.numpy()))
+    with pytest.raises(TypeError, match="data is None"):
+        compute(model(), Categorical(), None, WANTED)
 
 
 @pytest.mark.parametrize(

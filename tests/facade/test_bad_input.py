@@ -470,5 +470,23 @@ def test_one_input_without_an_axis_for_examples(structure):
     for use in (la, la.functional_covariance, lambda x: la.functional_samples(x, joint=True)):
         with pytest.raises(ValueError, match=r"fitted to 3. .* x\[None\]|examples influence each other"):
             use(x[0])
-    assert "60 examples" in repr(la)
+    assert "60 examples, prior precision 1)" in repr(la)
     assert "not fitted" in repr(Laplace(model, "classification"))
+
+
+@pytest.mark.parametrize(
+    ("structure", "said"),
+    [
+        ("diag", "'all', GGNDiagonal;"),
+        ("kron_reduce", "'all', GGNKronecker(setting='reduce');"),
+        ("ekfac", "'all', GGNKronecker + EKFACCorrection;"),
+    ],
+)
+def test_a_posterior_says_which_it_is(structure, said, tmp_path):
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    la = Laplace(model, "classification", "all", structure, prior_precision=torch.tensor([1.0, 2.0, 3.0, 4.5]))
+    la.fit([(x, y)]).save(tmp_path / "fit")
+    assert said in repr(la)
+    assert "prior precision 1 to 4.5)" in repr(la)
+    assert repr(Laplace.load(tmp_path / "fit", model)) == repr(la)

@@ -283,6 +283,8 @@ def test_refusals(tmp_path):
     la.save(tmp_path / "la")
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         Laplace.load(tmp_path / "la", la.model.state_dict())
+    with pytest.raises(TypeError, match=r"load\(path, model\)"):
+        Laplace.load(la.model, tmp_path / "la")
     state = la.state_dict()
     with pytest.raises(ValueError, match=r"version 1.*got .* version 99"):
         la.load_state_dict({**state, "version": 99})

@@ -62,7 +62,7 @@ def test_what_blurs_a_comparison_is_remarked(data):
     remarks = lambda *models: " ".join(compare(models).remarks)  # noqa: E731
     assert remarks(classifier(data), classifier(data)) == ""
     assert "different structures" in remarks(classifier(data), classifier(data, "diag"))
-    assert "'1' take some of the trained weights" in remarks(classifier(data), classifier(data, subset="last_layer"))
+    assert "'1' took some of the trained weights" in remarks(classifier(data), classifier(data, subset="last_layer"))
     assert "'0' have a temperature" in remarks(classifier(data, temperature=0.5), classifier(data))
     assert "'1' is an estimate" in remarks(classifier(data), classifier(data, curvature=MonteCarloGGN()))
 
@@ -98,6 +98,7 @@ def test_evidence_weighs_the_members(data):
     logs = torch.tensor([float(la.log_marginal_likelihood()) for la in members], dtype=torch.float64)
     torch.testing.assert_close(LaplaceMixture(members, "evidence").weights, logs.softmax(0))
     assert LaplaceMixture(members).weights.tolist() == pytest.approx([1 / 3] * 3)
+    assert repr(LaplaceMixture(members)) == "LaplaceMixture(3 members, weights 0.333, 0.333, 0.333)"
 
 
 def test_moments_of_a_mixture_are_those_of_its_distribution():

@@ -131,6 +131,15 @@ def test_every_event_counts():
     assert list(found.rows)[1] == "MAP + temperature"
 
 
+def test_several_events_of_an_example_are_evaluated_without_its_inputs():
+    x, model = torch.randn(20, 3), nn.Linear(3, 2)
+    y = (torch.rand(20, 2) > 0.5).double()
+    la = Laplace(model, Bernoulli(), "all").fit([(x, y)])
+    found = la.evaluate([(x, y)])
+    assert found.summary == "40 examples of 2 classes."
+    assert "uncertain" not in found.to_html()
+
+
 def test_a_variance_of_its_own_for_every_input():
     x, y = torch.randn(20, 3), torch.randn(20, 1)
     la = Laplace(nn.Linear(3, 2), HeteroscedasticGaussian(), "all", hessian_structure="full").fit([(x, y)])
@@ -150,6 +159,8 @@ def test_what_cannot_be_evaluated_says_why(classes):
         la.evaluate([])
     with pytest.raises(TypeError, match="expected a pair"):
         la.evaluate([x])
+    with pytest.raises(TypeError, match="one Sequential; expected a list"):
+        la.evaluate(test, ensemble=nn.Sequential(net(3, 3)))
     with pytest.raises(ValueError, match="link_approx"):
         la.evaluate(test, link_approx="logit")
     with pytest.raises(RuntimeError, match="fit"):

@@ -126,3 +126,27 @@ def test_a_subset_of_data_is_that_data_set():
 def laplace_gp_of(case, seed):
     la = Laplace(case.model, case.kind, "all", "gp", subset_of_data=6)
     return la.fit(case.data, generator=torch.Generator().manual_seed(seed))
+
+
+def test_what_is_factored_never_exceeds_the_weights():
+    """Else the cost would grow with the cube of the data, for the same posterior."""
+    case = problem("classification")
+    for structure, options in (("gp", {}), ("lowrank", {"space": "functions"})):
+        gp, full = (laplace(case, of, ["4"], **more) for of, more in ((structure, options), ("full", {})))
+        rows = sum(len(x) for x, _ in case.data) * case.new_x.new_tensor(gp.fitted.outputs)
+        assert gp.fitted.curvature.rank <= gp.n_params < rows
+        for precision in (1.0, torch.tensor([1e-4, 3.0])):
+            gp.prior_precision = full.prior_precision = precision
+            torch.testing.assert_close(gp.log_marginal_likelihood(), full.log_marginal_likelihood())
+            torch.testing.assert_close(gp(case.new_x), full(case.new_x), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("structure", ["gp", "lowrank"])
+def test_many_columns_are_said_to_take_long(structure, monkeypatch):
+    monkeypatch.setattr("lapkit.facade.fitting.MANY", 20)
+    case = problem("classification")
+    with pytest.warns(UserWarning, match=r"\d+ columns.* factors a matrix of (\d+) x \1 .*subset_of_data=") as told:
+        Laplace(case.model, case.kind, "all", structure).fit(case.data)
+    assert [one.filename for one in told] == [__file__]
+    Laplace(case.model, case.kind, "all", "gp", subset_of_data=5).fit(case.data)  # no warning, which is an error here
+    Laplace(case.model, case.kind, "all", "full").fit(case.data)

@@ -259,6 +259,7 @@ def test_a_mask_is_asked_when_data_come(mask):
         (torch.zeros(0, dtype=torch.long), ValueError, "empty"),
         (torch.ones(3, dtype=torch.bool), ValueError, "Expected a mask over"),
         (None, ValueError, "belong together"),
+        ("largest", TypeError, r"subnetwork='largest'.*LargestMagnitude"),
     ],
 )
 def test_a_bad_choice_is_refused_at_once(subnetwork, error, message):

@@ -20,6 +20,10 @@ def full(*kinds):
     return transform
 
 
+def test_it_prints_its_ranges():
+    assert repr(AffineTransform(("rotation", "shift_x"))) == "AffineTransform(rotation=0.3142, shift_x=0.1)"
+
+
 def test_the_middle_of_all_ranges_leaves_the_image():
     x = torch.randn(2, 3, 6, 5)
     torch.testing.assert_close(at(AffineTransform(tuple(LARGEST)), x, *[0.0] * 6), x)

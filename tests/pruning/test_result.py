@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune as torch_prune
 
 from lapkit import Laplace
-from lapkit.pruning import apply_masks, make_permanent, prune, report, saliency
+from lapkit.pruning import apply_masks, make_permanent, prune, prune_gradually, report, saliency, surviving
 
 
 def classifier():
@@ -98,16 +98,47 @@ def test_the_network_is_untouched_until_apply():
 def test_another_network_is_refused():
     case = problem("classification")
     result = prune(fitted(case, "diag"), 0.5)
+    assert repr(result) == f"PruneResult({result.units[1]} of {result.units[0]} units gone)"
     with pytest.raises(ValueError, match="no copy"):
         result.apply(nn.Linear(3, 2))
+    with pytest.raises(TypeError, match=r"\(module, parameter name\).* got \['0.weight'\]"):
+        apply_masks(case.model, {"0.weight": torch.ones(3)})
     model = case.fresh
     la = Laplace(model, "classification", "all", "diag").fit(case.data)
     result = prune(la, 0.3)
     result.apply()
     with pytest.raises(ValueError, match="not those that were fitted"):
         report(la, result, case.data)
+    for copied in (result.pruned, result.state_dict, lambda: surviving(la, result, case.data)):
+        with pytest.raises(ValueError, match="make_permanent"):
+            copied()
     with pytest.raises(ValueError, match="carry masks"):
         prune(Laplace(model, "classification", "all", "diag").fit(case.data), 0.5)
+
+
+@pytest.mark.parametrize("change", ["trained", "masked"])
+def test_a_network_that_has_changed_since_is_not_pruned_by_its_old_weights(change):
+    case = problem("classification")
+    model = case.fresh
+    la = Laplace(model, "classification", "all", "diag").fit(case.data)
+    if change == "masked":
+        prune(la, 0.3).apply()
+    else:
+        with torch.no_grad():
+            model[0].weight[0, 0] += 0.1
+    for asked in (lambda: prune(la, 0.5), lambda: saliency(la), lambda: prune_gradually(la, case.data, [0.5])):
+        with pytest.raises(RuntimeError, match="not those that were fitted"):
+            asked()
+
+
+def test_a_networks_own_masks_are_no_pruning():
+    """Such as the causal mask of an attention layer."""
+    case = problem("classification")
+    model = case.fresh
+    model.register_buffer("causal_mask", torch.ones(3, 3))
+    masked = prune(fitted(case, "diag"), 0.5).apply(model)
+    assert not torch_prune.is_pruned(make_permanent(masked))
+    assert torch.equal(model.causal_mask, torch.ones(3, 3))
 
 
 def test_tied_weights_stay_tied():
@@ -202,6 +233,8 @@ def test_a_report_reads_the_data_twice(trained):
     la = Laplace(model, "classification", "all", "diag").fit(data)
     with pytest.raises(TypeError, match="twice"):
         report(la, prune(la, 0.1), iter(data))
+    with pytest.raises(ValueError, match="empty"):
+        report(la, prune(la, 0.1), [])
 
 
 def test_single_precision_keeps_its_type():

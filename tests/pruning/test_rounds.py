@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lapkit import Laplace
-from lapkit.pruning import Quadratic, cubic_schedule, prune, prune_gradually, surviving
+from lapkit.pruning import Criterion, Quadratic, Units, cubic_schedule, prune, prune_gradually, surviving
 
 STRUCTURES = ("diag", "kron", "ekfac", "blockdiag", "full", "lowrank", "gp")
 
@@ -150,3 +150,49 @@ def test_errors():
     frozen = copy.deepcopy(case.model)
     nn.init.zeros_(frozen[0].weight)
     assert prune(Laplace(frozen, "classification", ["2", "4"], "diag").fit(case.data), 0.5).sparsity == 0.5
+
+
+@pytest.mark.parametrize("subset", ["last_layer", ["2"]])
+@pytest.mark.parametrize("unit", ["weight", "row"])
+def test_a_sparsity_is_of_the_same_units_in_each_round(subset, unit):
+    """Those of the layers that are random, of which there are fewer than the network has."""
+    case = problem("classification", "mlp")
+    la = Laplace(case.model, "classification", subset, "full", prior_precision=0.7).fit(case.data)
+    found = prune_gradually(la, case.data, [0.2, 0.4], unit=unit)
+    total = prune(la, 0.2, unit=unit).units[0]
+    assert [r.units for r in found.rounds] == [(total, round(s * total)) for s in (0.2, 0.4)]
+    assert found.rounds[0].gone.shape == found.rounds[1].gone.shape
+    if unit == "weight":
+        assert sum(int((p == 0).sum()) for p in found.model.parameters()) == round(0.4 * total)
+    by_hand = prune(surviving(la, found.rounds[0], case.data), 0.4, unit=unit)
+    assert torch.equal(by_hand.gone, found.rounds[1].gone)
+
+
+def test_units_of_ones_own_keep_their_places_when_a_tensor_is_gone():
+    case = problem("classification", "mlp")
+    la = fitted(case, "diag")
+    first = case.model[0].weight.numel()
+    sizes = la.fitted.parameters.sizes
+    groups = [torch.arange(first, first + sizes[1]), torch.tensor([first + sizes[1] + 1]), torch.tensor([0])]
+    mine = Units.of(groups, [0, 0, 0], ["mine"])
+    bias_first = Criterion(lambda quadratic, units: -units.counts.double())
+    found = prune_gradually(la, case.data, [1 / 3, 2 / 3], bias_first, unit=mine)
+    assert found.rounds[0].gone.nonzero()[:, 0].tolist() == groups[0].tolist()
+    last = found.rounds[1].gone.nonzero()[:, 0].tolist()
+    assert last in (sorted([0, *groups[0].tolist()]), [*groups[0].tolist(), int(groups[1])])
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "row"])
+def test_a_sparsity_of_a_subnetwork_is_of_its_weights(scope):
+    """The others stay as they are, and a second pruning counts what has gone in the first."""
+    case = problem("classification", "mlp")
+    size = case.model[0].weight.numel()
+    chosen = torch.arange(size)[::3]
+    la = Laplace(case.model, case.kind, "subnetwork", "full", subnetwork=chosen, prior_precision=0.7).fit(case.data)
+    result = prune(la, 0.5, scope=scope)
+    rows = torch.bincount(chosen // case.model[0].in_features).tolist()
+    gone = sum(min(round(0.5 * n), n - 1) for n in rows) if scope == "row" else round(0.5 * len(chosen))
+    assert result.units == (len(chosen), gone)
+    assert set(result.gone.nonzero()[:, 0].tolist()) < set(chosen.tolist())
+    again = prune(surviving(la, result, case.data), 0.75, scope="global")
+    assert again.units == (len(chosen), round(0.75 * len(chosen)))

@@ -85,7 +85,7 @@ def test_weights_of_no_layer_and_all_of_them_are_borders():
     assert torch.equal(quadratic.compensated(every), -w)
 
 
-@pytest.mark.parametrize("structure", ["diag", "kron", "full", "lowrank"])
+@pytest.mark.parametrize("structure", ["diag", "blockdiag", "full", "lowrank"])
 def test_priors_with_a_mean_and_of_each_weight(structure):
     case = problem("classification")
     size = len(case.mean())
@@ -131,3 +131,18 @@ def test_random_order_comes_from_its_generator():
     one, two = (prune(la, 0.5, random_scores(torch.Generator().manual_seed(3))) for _ in range(2))
     assert torch.equal(one.gone, two.gone)
     assert not torch.equal(one.gone, prune(la, 0.5, "magnitude").gone)
+
+
+@pytest.mark.parametrize("structure", ["kron", "ekfac"])
+def test_no_evidence_where_the_prior_is_only_approximated(structure):
+    """A product of two matrices and a diagonal is none; the evidence that a weight takes with it is of the diagonal."""
+    case = problem("classification", "mlp")
+    each = torch.logspace(-2, 3, len(case.mean()))
+    la = fitted(case, structure, prior_precision=each)
+    with pytest.raises(ValueError, match="only approximates"):
+        prune(la, criterion="evidence")
+    for same in (0.7, torch.full_like(each, 0.7), torch.linspace(0.5, 2, len(la.fitted.parameters.names))):
+        la.prior_precision = same
+        prune(la, criterion="evidence")
+    for exact in ("diag", "blockdiag", "full", "lowrank"):
+        prune(fitted(case, exact, prior_precision=each), criterion="evidence")

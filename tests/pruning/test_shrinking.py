@@ -1,6 +1,7 @@
 """Smaller networks compute the same."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -121,3 +122,60 @@ def test_a_difference_is_found(monkeypatch):
         shrink(model, torch.randn(3, 2))
     with pytest.raises(ValueError, match="no part of a chain"):
         shrink(nn.TransformerEncoderLayer(4, 2))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_one_activation_may_stand_in_several_places(nested):
+    """A constant passes every one of them."""
+    act = nn.Sigmoid()
+    layers = [nn.Linear(4, 5), act, nn.Linear(5, 6), act, nn.Linear(6, 3)]
+    model = nn.Sequential(nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])) if nested else nn.Sequential(*layers)
+    with torch.no_grad():
+        for layer in (layers[0], layers[2]):
+            layer.weight[1] = 0
+    x = torch.randn(7, 4)
+    small = shrink(model)
+    assert sum(small.removed.values()) == 2
+    torch.testing.assert_close(outputs(small.model, x), outputs(model, x))
+
+
+def test_what_is_used_twice_is_no_chain():
+    layer, norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+    tied = nn.Linear(4, 4)
+    tied.weight = layer.weight
+    for repeated in ([layer, layer], [layer, tied], [nn.Linear(4, 4), norm, nn.Linear(4, 4), norm]):
+        with pytest.raises(ValueError, match="has the weights of"):
+            shrink(nn.Sequential(nn.Linear(2, 4), *repeated, nn.Linear(4, 2)))
+
+
+def test_what_differs_at_the_border_is_no_constant_for_a_batch_norm_either():
+    """Without running statistics it makes one number of a constant, but the average at the border is another."""
+    model = nn.Sequential(
+        nn.Conv1d(1, 3, 3),
+        nn.AvgPool1d(2, 1, padding=1),
+        nn.BatchNorm1d(3, track_running_stats=False),
+        nn.Conv1d(3, 2, 1),
+        nn.Flatten(),
+        nn.Linear(14, 2),
+    )
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].bias[1] = 2.0
+    x = torch.randn(5, 1, 8)
+    small = shrink(model)
+    assert small.removed["0"] == 0
+    torch.testing.assert_close(outputs(small.model, x), outputs(model, x))
+
+
+@pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}, {"bias": False}])
+def test_batch_norms_of_every_kind(options):
+    if "bias" in options and "bias" not in inspect.signature(nn.BatchNorm1d).parameters:
+        pytest.skip("this torch has no batch norm without a shift")
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, **options), nn.ReLU(), nn.Linear(4, 2))
+    x = torch.randn(9, 3)
+    settled(model, x)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    small = shrink(model, x)
+    assert small.removed == {"0": 1}
+    torch.testing.assert_close(outputs(small.model, x), outputs(model, x))

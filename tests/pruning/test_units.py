@@ -153,6 +153,13 @@ class Wrapped(nn.Module):
         return self.call(self.model, x)
 
 
+def test_heads_that_share_keys_and_values_are_refused():
+    model = Attention(width=16, heads=4)
+    model.k_proj, model.v_proj = nn.Linear(16, 8), nn.Linear(16, 8)  # two heads for four of queries
+    with pytest.raises(ValueError, match="No attention layer"):
+        built(model, "head")
+
+
 def test_heads_need_attention():
     with pytest.raises(ValueError, match="No attention layer"):
         built(nn.Linear(2, 2), "head")
@@ -200,8 +207,9 @@ def test_patterns_are_along_the_inputs():
     assert (stepped.masks[model[0], "weight"].sum(1) == 2).all()
     with pytest.raises(ValueError, match=r"0\.weight has 4 inputs, not a multiple of 5"):
         prune(la, (2, 5))
-    with pytest.raises(ValueError, match="0 < n < m"):
-        prune(la, (4, 4))
+    for wrong in ((4, 4), (1.5, 2)):
+        with pytest.raises(ValueError, match="0 < n < m"):
+            prune(la, wrong)
     with pytest.raises(ValueError, match="single weights"):
         prune(la, (2, 4), unit="row")
 
@@ -239,8 +247,15 @@ def test_settings_that_make_no_sense_say_so():
         prune(la)
     with pytest.raises(ValueError, match="sparsity or a threshold"):
         prune(la, 0.5, threshold=0.1)
-    with pytest.raises(ValueError, match="fraction in"):
-        prune(la, 1.0)
+    for wrong in (1.0, [2, 4], float("nan")):
+        with pytest.raises(ValueError, match="fraction in"):
+            prune(la, wrong)
+    with pytest.raises(ValueError, match="NaN"):
+        prune(la, threshold=float("nan"))
+    with pytest.raises(ValueError, match=r"fraction in .* got 'half'"):
+        prune(la, "half")
+    with pytest.raises(ValueError, match="None of Conv1d, Conv2d, Conv3d"):
+        prune(la, 0.5, unit="filter")
     for wrong in ({"criterion": "obx"}, {"unit": "wait"}, {"scope": "world"}):
         with pytest.raises(ValueError, match=str(*wrong.values())):
             prune(la, 0.5, **wrong)
