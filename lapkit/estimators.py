@@ -239,7 +239,7 @@ class LaplaceClassifier(ClassifierMixin, _LaplaceEstimator):  # type: ignore[mis
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if len(self.classes_) < 2:
-            raise ValueError(f"A classifier needs at least two classes, got 1 class: {self.classes_[0]!r}.")
+            raise ValueError(f"A classifier needs at least two classes, got 1 class: {self.classes_.tolist()[0]!r}.")
         self._fit_network(X, torch.as_tensor(labels), Categorical(), len(self.classes_))
         return self
 

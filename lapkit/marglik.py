@@ -193,7 +193,8 @@ def marglik_training(
                     after_fit(la)
             if checkpoint is not None:
                 _save(pathlib.Path(checkpoint), state, model, trainer, schedule)
-            bar.set_postfix(loss=state.losses[-1], evidence=state.log_evidences[-1] if state.log_evidences else None)
+            shown = {"log evidence": state.log_evidences[-1]} if state.log_evidences else {}
+            bar.set_postfix(loss=state.losses[-1], **shown)
             bar.update()
     finally:
         bar.close()

@@ -111,7 +111,7 @@ class Structure:
         return self.make(weights.whole) if self.factored else OfSubnetwork(weights, self.make)
 
     def operator(self, sums: CurvatureSum, weights: Parameters | Subnetwork) -> SymmetricOperator:
-        """The matrix over the weights that `sum` has found."""
+        """The matrix over the weights that `sum` has found, by no more columns than weights."""
         found = sums.operator()
         if self.factored and isinstance(weights, Subnetwork):
             assert isinstance(found, BlockDiagonal)  # what factors are of

@@ -21,6 +21,7 @@ class GaussianPrior:
         mean: a number or `(P,)`.
 
     Raises:
+        TypeError: if one is no number, tensor or list of numbers.
         ValueError: if the precision is not positive and finite, the mean is not finite, or one has more than one axis.
 
     Example:
@@ -34,7 +35,7 @@ class GaussianPrior:
     mean: Tensor | float = 0.0
 
     def __post_init__(self) -> None:
-        precision, mean = torch.as_tensor(self.precision), torch.as_tensor(self.mean)
+        precision, mean = _numbers(self.precision, "precision"), _numbers(self.mean, "mean")
         if precision.ndim > 1 or precision.numel() == 0:
             raise ValueError(f"A prior precision is a number or a vector, got shape {tuple(precision.shape)}.")
         if not (torch.isfinite(precision).all() and (precision > 0).all()):
@@ -101,6 +102,21 @@ class GaussianPrior:
         """`(w - mean)^T diag(precision) (w - mean)` for weights `(P,)`."""
         centre = self.centre(parameters).to(weights.dtype)
         return (self.shift(parameters) * (weights - centre).square()).sum()
+
+
+def _numbers(value: Tensor | float, what: str) -> Tensor:
+    """A tensor.
+
+    Raises:
+        TypeError: if it cannot be one.
+    """
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"A prior {what} is a number, or a tensor with one number for each parameter tensor or weight, got "
+            f"{type(value).__name__} {value!r:.80}."
+        ) from error
 
 
 def _beside(parameters: Parameters, value: Tensor | float) -> Tensor:

@@ -193,3 +193,9 @@ def test_what_training_refuses():
     with pytest.raises(ValueError, match="inputs hold NaN"):
         train_map(model, Gaussian(), x * float("nan"), torch.ones(4, 1), GaussianPrior())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("label", "shown"), [(0.0, "0.0"), (3, "3"), ("cat", "'cat'")])
+def test_a_single_class_is_refused_by_its_plain_name(label, shown):
+    with pytest.raises(ValueError, match=rf"at least two classes, got 1 class: {shown}\.$"):
+        LaplaceClassifier().fit([[1.0], [2.0]], [label, label])

@@ -45,6 +45,28 @@ def test_evidence_rises_and_noise_is_found(structure, prior):
         assert 0.1 < float(found.laplace.sigma_noise) < 0.5
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_progress_is_shown_where_it_is_asked_for(wanted, capsys):
+    marglik_training(
+        regressor(),
+        [sine(40)],
+        "regression",
+        "diag",
+        tune_noise=False,
+        n_epochs=4,
+        burn_in=2,
+        n_hypersteps=1,
+        progress_bar=wanted,
+    )
+    shown = capsys.readouterr().err
+    assert bool(shown) == wanted
+    if wanted:
+        assert "marglik" in shown
+        assert "/4 [" in shown
+        assert "log evidence=" in shown
+        assert "None" not in shown
+
+
 def test_the_first_objective_is_the_negative_log_posterior():
     """One batch of all examples and no step of gradient descent: the loss by hand."""
     x, y = sine(10)

@@ -86,6 +86,13 @@ def test_precisions_that_are_not_positive_are_refused(precision):
         GaussianPrior(precision)
 
 
+@pytest.mark.parametrize("value", ["1", None, ["a"], {}], ids=str)
+def test_what_is_no_number_is_refused_by_its_type(value):
+    for name in ("precision", "mean"):
+        with pytest.raises(TypeError, match=rf"A prior {name} is a number, .* got {type(value).__name__}"):
+            GaussianPrior(**{name: value})
+
+
 @pytest.mark.parametrize("precision", [torch.ones(2, 2), torch.ones(0)], ids=["matrix", "empty"])
 def test_precisions_of_a_wrong_shape_are_refused(precision):
     with pytest.raises(ValueError, match="a number or a vector"):
