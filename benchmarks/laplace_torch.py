@@ -49,7 +49,7 @@ warnings.filterwarnings("ignore")
 
 INPUTS, SAMPLES, TUNING_STEPS = 2000, 5, 100
 LIMIT = 4.0  # seconds that the peer may take for a job
-ROOM = 2**31  # bytes for the peer's Jacobians, of which it makes a few copies
+ROOM = 2**29  # bytes for the Jacobians of the peer, which makes many copies of them
 
 
 class Row:

@@ -276,7 +276,7 @@ class DenseJacobian(LayerJacobian):
         """See `LayerJacobian.rotate`; for exact blocks `right` is one by one."""
         values = self.values.unflatten(-1, (len(right), -1, right.shape[1]))
         if left is not None:
-            values = torch.einsum("kngij,gir->kngrj", values, left)
+            values = left.mT @ values
         return DenseJacobian(torch.einsum("kngrj,gjs->kngrs", values, right).flatten(2))
 
 

@@ -28,6 +28,22 @@ def second_moment(rows: Tensor) -> Tensor:
     return mirrored(total)[None]
 
 
+def add_moments(total: Tensor, piece: Tensor) -> None:
+    """Add `sum_{n,t} x_nt x_nt^T` for each group to a sum, in place, `(n, T, G, D)` to `(G, D, D)`; until `mirrored`.
+
+    Where positions are neighbours in memory and many, the moment of each example is made without a copy.
+    """
+    positions, groups, size = piece.shape[1:]
+    if piece.stride(1) == 1 and positions >= size:
+        rows = piece.permute(0, 2, 3, 1)  # (n, G, D, T)
+        total += (rows @ rows.mT).sum(0)
+    elif groups > 1:
+        rows = piece.flatten(0, 1).transpose(0, 1)
+        total.baddbmm_(rows.mT, rows)
+    else:
+        add_second_moment(total[0], piece.flatten(0, 1)[:, 0])
+
+
 def add_second_moment(total: Tensor, rows: Tensor, stripes: int = 4) -> None:
     """Add `X^T X` of `X` `(R, D)` to a sum `(D, D)`, in place; left of the stripes it is wrong until `mirrored`."""
     for start, stop in _stripes(len(total), stripes):
@@ -36,8 +52,8 @@ def add_second_moment(total: Tensor, rows: Tensor, stripes: int = 4) -> None:
 
 def mirrored(total: Tensor, stripes: int = 4) -> Tensor:
     """A sum with the part that `add_second_moment` left out, in place: the mirror image of the other."""
-    for start, stop in _stripes(len(total), stripes):
-        total[stop:, start:stop] = total[start:stop, stop:].T
+    for start, stop in _stripes(total.shape[-1], stripes):
+        total[..., stop:, start:stop] = total[..., start:stop, stop:].mT
     return total
 
 

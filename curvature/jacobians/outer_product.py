@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lapkit.curvature.jacobians.inner_products import WRITTEN, over_pairs
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian
-from lapkit.curvature.jacobians.moments import second_moment
+from lapkit.curvature.jacobians.moments import add_moments, mirrored, second_moment
 from lapkit.curvature.jacobians.patches import Patches
 from lapkit.curvature.memory import chunk_length
 
@@ -310,15 +310,15 @@ class OuterProduct(LayerJacobian):
         return four.permute(order).reshape(outputs * inputs, outputs * inputs)
 
     def output_moment(self) -> Tensor:
-        """KFAC's B in the expand setting, positions counted as examples.
-
-        Of a convolution, whose positions are neighbours in memory, the moment of each example is made without a copy.
-        """
-        positions, outputs = self.g.shape[2], self.g.shape[4]
-        if self.g.stride(2) == 1 and positions >= outputs:
-            g = self.g.permute(0, 1, 3, 4, 2)  # (K, N, G, O, T)
-            return (g @ g.mT).sum((0, 1))
-        return second_moment(self.g.flatten(0, 2))
+        """KFAC's B in the expand setting, positions counted as examples."""
+        positions, groups, outputs = self.g.shape[2:]
+        if self.g.stride(2) != 1 or positions == 1:
+            return second_moment(self.g.flatten(0, 2))
+        total = self.g.new_zeros(groups, outputs, outputs)
+        for part in self.parts(positions * groups * outputs):
+            for g in self.g[:, part]:
+                add_moments(total, g)
+        return mirrored(total)
 
     def single_position(self) -> tuple[Tensor, Tensor] | None:
         """Both factors, where there is one position and one group."""
@@ -339,14 +339,14 @@ class OuterProduct(LayerJacobian):
             ValueError: if weighted examples have positions that are only padding.
         """
         examples, positions, groups, inputs = self.a.shape
-        if weights is None and isinstance(self.a, Tensor):
-            return second_moment(self.a.flatten(0, 1)), examples * positions if self.rows is None else self.rows
         if weights is not None:
             self._check_unpadded("of weighted examples")
         total = self.g.new_zeros(groups, inputs, inputs)
-        roots = self.g.new_ones(examples) if weights is None else weights.to(self.g).sqrt()
-        for part in self.parts(self.a.shape[1:].numel(), cached=False):
-            total += second_moment((roots[part, None, None, None] * self.a[part]).flatten(0, 1))
+        patches = self.a if isinstance(self.a, Patches) else None
+        for part in self.parts(positions * groups * inputs, cached=patches is not None):
+            a = self.a[part] if patches is None else patches.rows(part)
+            add_moments(total, a if weights is None else a * weights[part, None, None, None].to(a).sqrt())
+        total = mirrored(total) if patches is None else patches.in_order(mirrored(total))
         count = float(examples if weights is None else weights.sum())
         return total, positions * count if self.rows is None else self.rows
 
@@ -373,11 +373,14 @@ class OuterProduct(LayerJacobian):
             )
 
     def rotate(self, left: Tensor | None, right: Tensor) -> LayerJacobian:
-        """See `LayerJacobian.rotate`: each factor is rotated by itself, in a basis of its own kind."""
+        """See `LayerJacobian.rotate`: each factor is rotated by itself, or their product where that is less work."""
         output, incoming = (right, left) if self.transposed else (left, right)
-        groups, inputs = self.a.shape[2:]
-        if left is not None and incoming is not None and (len(left), incoming.shape[1]) != (groups, inputs):
-            return DenseJacobian(self.to_dense()).rotate(left, right)  # an exact block, where the fit found no factors
+        positions, groups, inputs = self.a.shape[1:]
+        columns, outputs = self.g.shape[0], self.g.shape[-1]
+        exact = left is not None and incoming is not None and (len(left), incoming.shape[1]) != (groups, inputs)
+        # Both at once: the first is for an exact block, where the fit found no factors.
+        if exact or positions * (inputs**2 + columns * outputs**2) > columns * outputs * inputs * (outputs + inputs):
+            return DenseJacobian(self.to_dense()).rotate(left, right)
         a = self._whole if incoming is None else torch.einsum("ntgi,gij->ntgj", self._whole, incoming)
         g = self.g if output is None else torch.einsum("kntgo,gop->kntgp", self.g, output)
         return OuterProduct(a, g, self.transposed, self.budget, self.rows)

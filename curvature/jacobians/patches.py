@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ class Patches:
         stride: of the output positions.
         dilation: of the kernel.
         groups: of channels.
+        kept: whether all of them are cut out once and kept, at the first use of any but `rows`.
     """
 
     x: Tensor
@@ -30,6 +33,7 @@ class Patches:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    kept: bool = False
 
     @property
     def _outputs(self) -> list[int]:
@@ -54,21 +58,40 @@ class Patches:
         return self.shape.numel() * self.dtype.itemsize
 
     def __getitem__(self, part: slice) -> Tensor:
-        """The patches of some examples.
+        """The patches of some examples; neighbouring positions are neighbours in memory."""
+        return self._all[part] if self.kept else self._cut(part)
 
-        Views of the input with overlapping strides, so that any number of dimensions is one line; copied once, by
-        the reshaping.
-        """
+    @cached_property
+    def _all(self) -> Tensor:
+        return self._cut(slice(None))
+
+    def _cut(self, part: slice) -> Tensor:
+        """Views of the input with overlapping strides, for any number of dimensions; copied once, by the reshaping."""
         x = self.x[part].contiguous()
-        steps = x.stride()[3:]
-        view = x.as_strided(
-            (*x.shape[:3], *self.kernel, *self._outputs),
-            (
-                *x.stride()[:3],
-                *(n * d for n, d in zip(steps, self.dilation, strict=True)),
-                *(n * s for n, s in zip(steps, self.stride, strict=True)),
-            ),
-            x.storage_offset(),
-        )
-        cut = view.reshape(*x.shape[:2], self.groups, self.shape[3], -1)  # (n, R, G, I, L)
+        within, along = self._steps(x.stride()[3:])
+        sizes, steps = (*x.shape[:3], *self.kernel, *self._outputs), (*x.stride()[:3], *within, *along)
+        cut = x.as_strided(sizes, steps, x.storage_offset()).reshape(*x.shape[:2], self.groups, self.shape[3], -1)
         return summable(cut).permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+    def rows(self, part: slice) -> Tensor:
+        """Patches for a single use, the numbers of each side by side, in another order: the kernel before channels.
+
+        They are copied faster, by whole runs of channels. `in_order` undoes the order where it is of consequence.
+        """
+        x = self.x[part].movedim(2, -1).contiguous()  # (n, R, *spatial, channels)
+        within, along = self._steps(x.stride()[2:-1])
+        channels = x.shape[-1] // self.groups
+        sizes = (*x.shape[:2], *self._outputs, self.groups, *self.kernel, channels)
+        steps = (*x.stride()[:2], *along, channels, *within, 1)
+        return summable(x.as_strided(sizes, steps, x.storage_offset()).reshape(len(x), *self.shape[1:]))
+
+    def in_order(self, matrix: Tensor) -> Tensor:
+        """A matrix `(G, I, I)` of what `rows` gives, as one of the patches: channels before the kernel."""
+        kernel = math.prod(self.kernel)
+        four = matrix.unflatten(2, (kernel, -1)).unflatten(1, (kernel, -1))  # (G, kernel, channels, kernel, channels)
+        return four.permute(0, 2, 1, 4, 3).reshape(matrix.shape)
+
+    def _steps(self, spatial: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Strides from those of the input: within the kernel, and from one output position to the next."""
+        within = [n * d for n, d in zip(spatial, self.dilation, strict=True)]
+        return within, [n * s for n, s in zip(spatial, self.stride, strict=True)]

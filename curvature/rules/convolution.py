@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,10 @@ def convolution_weight(site: Site) -> FromCotangent | None:
         return None
     if site.saved("transposed"):
         return _transposed_weight(site, x.detach())
-    patches = _patches(site, x.detach())
-    # Kept for all columns where that is cheap; else cut out again for each, a few examples at a time.
-    a = patches[:] if patches.nbytes <= site.budget // 16 else patches
+    a = _patches(site, x.detach())
 
     def jacobian(c: Tensor) -> OuterProduct:
-        g = site.canonical(c.flatten(3).unflatten(2, (patches.groups, -1)))  # (K, N, R, G, O, L)
+        g = site.canonical(c.flatten(3).unflatten(2, (a.groups, -1)))  # (K, N, R, G, O, L)
         return OuterProduct(a, g.permute(0, 1, 2, 5, 3, 4).flatten(2, 3), budget=site.budget)
 
     return jacobian
@@ -34,7 +34,9 @@ def _patches(site: Site, x: Tensor) -> Patches:
     stride, padding, dilation = (tuple(map(int, site.saved(n))) for n in ("stride", "padding", "dilation"))
     x = torch.nn.functional.pad(x, [p for size in reversed(padding) for p in (size, size)])
     x = site.layout.canonical(x[None], site.examples)[0]
-    return Patches(x, tuple(site.operand_shape[2:]), stride, dilation, int(site.saved("groups")))
+    patches = Patches(x, tuple(site.operand_shape[2:]), stride, dilation, int(site.saved("groups")))
+    # Kept for all columns where that is cheap; else cut out again for each, a few examples at a time.
+    return replace(patches, kept=patches.nbytes <= site.budget // 16)
 
 
 def _transposed_weight(site: Site, x: Tensor) -> FromCotangent:

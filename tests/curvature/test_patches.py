@@ -1,6 +1,8 @@
 """Patches of a convolution's input, whole and cut out a few examples at a time, and large symmetric products."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +107,30 @@ def test_a_convolution_is_the_product_with_its_patches(name):
 def test_some_examples_alone(name, part):
     given = patches(name)
     assert torch.equal(given[part], by_hand(given)[part])
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("part", [slice(1, 3), slice(None)])
+def test_rows_are_patches_with_the_kernel_before_channels(name, part):
+    given = patches(name)
+    expected, kernel = by_hand(given)[part], math.prod(given.kernel)
+    assert torch.equal(given.rows(part), expected.unflatten(3, (-1, kernel)).transpose(3, 4).flatten(3))
+    rows = given.rows(part).flatten(0, 1)
+    close(given.in_order(torch.einsum("rgi,rgj->gij", rows, rows)), torch.einsum("ntgi,ntgj->gij", expected, expected))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_moments_of_factors(name, weighted, kept):
+    given = replace(patches(name), kept=kept)
+    a, weights = by_hand(given), torch.rand(3) if weighted else torch.ones(3)
+    for g in (torch.randn(2, *a.shape[:3], 2), torch.randn(2, 3, *a.shape[2:3], 2, a.shape[1]).movedim(-1, 2)):
+        jacobian = OuterProduct(given, g, budget=1000)
+        moment, count = jacobian.input_moment(weights if weighted else None)
+        close(moment, torch.einsum("n,ntgi,ntgj->gij", weights, a, a))
+        assert count == pytest.approx(a.shape[1] * float(weights.sum()))
+        close(jacobian.output_moment(), torch.einsum("kntgo,kntgp->gop", g, g))
 
 
 def test_inputs_that_are_no_contiguous_piece_of_memory():
@@ -289,7 +315,7 @@ def test_jacobians_do_not_depend_on_the_budget(convolutions, budget):
     def results(memory_budget):
         with borrowed(model, parameters):
             f, jacobian = Engine(model, parameters, memory_budget=memory_budget).jacobian(x)
-        lazy = [p for p in jacobian.parts if isinstance(p, OuterProduct) and isinstance(p.a, Patches)]
+        lazy = [p for p in jacobian.parts if isinstance(p, OuterProduct) and isinstance(p.a, Patches) and not p.a.kept]
         found = (
             f,
             jacobian.to_dense(),
