@@ -276,7 +276,7 @@ class DenseJacobian(LayerJacobian):
         """See `LayerJacobian.rotate`; for exact blocks `right` is one by one."""
         values = self.values.unflatten(-1, (len(right), -1, right.shape[1]))
         if left is not None:
-            values = left.mT @ values
+            values = torch.einsum("kngij,gir->kngrj", values, left)
         return DenseJacobian(torch.einsum("kngrj,gjs->kngrs", values, right).flatten(2))
 
 
