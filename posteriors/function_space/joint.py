@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from types import ModuleType
 
 import torch
 from linear_operator import to_linear_operator
@@ -156,3 +158,16 @@ class JointPosterior:
     def _extended_shape(self, sample_shape: Size = Size()) -> Size:  # noqa: B008 (BoTorch's signature)
         """The shape of draws."""
         return Size((*sample_shape, *self.base_sample_shape))
+
+
+def let_botorch_draw() -> None:
+    """BoTorch, where it is imported, picks samplers by a posterior's class: for this one those of its own Gaussians."""
+    samplers = sys.modules.get("botorch.sampling.get_sampler")
+    if samplers is not None:
+        _register(samplers)
+
+
+@cache
+def _register(samplers: ModuleType) -> None:
+    kinds = samplers.GetSampler
+    kinds.register(JointPosterior)(kinds.dispatch(gpytorch.distributions.MultivariateNormal))

@@ -14,7 +14,7 @@ from lapkit.curvature.jacobians.jacobian import summable
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.likelihoods.regression import Gaussian
 from lapkit.curvature.memory import chunk_length
-from lapkit.posteriors.function_space.joint import JointPosterior
+from lapkit.posteriors.function_space.joint import JointPosterior, let_botorch_draw
 from lapkit.posteriors.function_space.kernel import TangentKernel
 from lapkit.posteriors.function_space.noise import WhitenedNoise, target_noise
 from lapkit.posteriors.function_space.observed import ObservedProcess
@@ -166,12 +166,12 @@ class LaplaceGP(ObservedProcess):
             posterior_transform: applied to the result.
 
         Returns:
-            A `JointPosterior` with mean `(*batch, q, C)`, or what the transform makes of it. BoTorch picks a sampler by
-            the posterior's class, which it does not know: give one, `sampler=SobolQMCNormalSampler(...)`.
+            A `JointPosterior` with mean `(*batch, q, C)`, or what the transform makes of it.
 
         Raises:
             ValueError: if the inputs are no such tensor, or noise is asked for and the likelihood has none.
         """
+        let_botorch_draw()
         self.check_inputs(X)
         found = self._joint(*self.tangents(self.covar_module.examples(X)), X.shape[:-2])
         if observation_noise:
