@@ -25,7 +25,8 @@ class Patches:
         stride: of the output positions.
         dilation: of the kernel.
         groups: of channels.
-        kept: whether all of them are cut out once and kept, at the first use of any but `rows`.
+        kept: whether all of them are kept from when some are asked for a second time: what is read once is best cut out
+            and read within the cache.
     """
 
     x: Tensor
@@ -59,7 +60,15 @@ class Patches:
 
     def __getitem__(self, part: slice) -> Tensor:
         """The patches of some examples; neighbouring positions are neighbours in memory."""
-        return self._all[part] if self.kept else self._cut(part)
+        if self.kept and part.start in self._asked_for:
+            return self._all[part]
+        self._asked_for.add(part.start)
+        return self._cut(part)
+
+    @cached_property
+    def _asked_for(self) -> set[int | None]:
+        """Where parts began that were cut out before."""
+        return set()
 
     @cached_property
     def _all(self) -> Tensor:

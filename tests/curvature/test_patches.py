@@ -133,6 +133,16 @@ def test_moments_of_factors(name, weighted, kept):
         close(jacobian.output_moment(), torch.einsum("kntgo,kntgp->gop", g, g))
 
 
+def test_patches_are_kept_from_the_second_time_on():
+    for kept in (True, False):
+        given = replace(patches("2d"), kept=kept)
+        expected = by_hand(given)
+        for part in (slice(0, 2), slice(2, 3), slice(0, 2), slice(2, 3), slice(0, 3)):
+            assert torch.equal(given[part], expected[part])
+        one, two = (given[0:2].untyped_storage().data_ptr() for _ in range(2))
+        assert (one == two) == kept
+
+
 def test_inputs_that_are_no_contiguous_piece_of_memory():
     base = torch.randn(6, 5, 4, 2, 3)
     x = base.permute(3, 4, 2, 1, 0)[1:, ::2]  # (1, 2, 4, 5, 6)
