@@ -7,6 +7,7 @@ through data in batches as well, by `Streaming`. The folder knows nothing of Lap
 any model will do, as torch tensors or numpy arrays. Everything is computed in float64 on the device of the predictions.
 """
 
+from lapkit.calibration.affine_scaling import PlattScaling, VectorScaling
 from lapkit.calibration.binned_recalibration import HistogramBinning, IsotonicRecalibration
 from lapkit.calibration.class_errors import (
     adaptive_calibration_error,
@@ -15,7 +16,8 @@ from lapkit.calibration.class_errors import (
     thresholded_adaptive_calibration_error,
 )
 from lapkit.calibration.classwise import ClasswiseEqualMass, ClasswiseReliability, classwise_reliability_curves
-from lapkit.calibration.conformal import ConformalBounds, ConformalIntervals, ConformalSets
+from lapkit.calibration.conformal import ConformalSets
+from lapkit.calibration.conformal_intervals import ConformalBounds, ConformalIntervals
 from lapkit.calibration.corp import (
     ClasswiseCorp,
     Corp,
@@ -28,6 +30,7 @@ from lapkit.calibration.debiased import debiased_calibration_error, sweep_calibr
 from lapkit.calibration.detection import AveragePrecision, FalsePositiveRate, aupr, auroc, fpr_at_tpr, ranked_auroc
 from lapkit.calibration.forecasts import Samples
 from lapkit.calibration.intervals import BootstrapInterval, ConsistencyTest, bootstrap_interval, consistency_test
+from lapkit.calibration.metrics import Mean, Metric, RowMetric, SumMetric
 from lapkit.calibration.murphy import Murphy, MurphyDecomposition, murphy_decomposition
 from lapkit.calibration.pairs import Ranked, event, flagged, top_label
 from lapkit.calibration.per_example import TopKCorrect, brier_scores, correct, log_losses, log_losses_from_logits
@@ -76,11 +79,11 @@ from lapkit.calibration.reliability import (
 )
 from lapkit.calibration.report import report
 from lapkit.calibration.report_table import Report
-from lapkit.calibration.scaling import PlattScaling, TemperatureScaling, VectorScaling
+from lapkit.calibration.scaling import TemperatureScaling
 from lapkit.calibration.scores import accuracy, brier, nll, nll_from_logits, top_k_accuracy
 from lapkit.calibration.selective import RiskCoverageCurve, ranked_risks, risk_coverage_curve
 from lapkit.calibration.smooth import SmoothCalibrationError, smooth_calibration_error
-from lapkit.calibration.streaming import Mean, Metric, RowMetric, Streaming, SumMetric
+from lapkit.calibration.streaming import Streaming
 from lapkit.calibration.uncertainty import (
     UncertaintySplit,
     disagreement_with_mean,

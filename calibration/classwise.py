@@ -12,8 +12,8 @@ from torch import Tensor
 from lapkit.calibration.binning import Binning, assign_bins, check_bins
 from lapkit.calibration.curves import ReliabilityCurve
 from lapkit.calibration.inputs import Array, as_labels, as_probabilities
+from lapkit.calibration.metrics import Metric, RowMetric, SumMetric
 from lapkit.calibration.reliability import EqualMass, bin_sums, curve_of_sums
-from lapkit.calibration.streaming import Metric, RowMetric, SumMetric
 
 Curves: TypeAlias = tuple[ReliabilityCurve, ...]
 

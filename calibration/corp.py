@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lapkit.calibration.classwise import class_events
 from lapkit.calibration.inputs import Array
+from lapkit.calibration.metrics import RowMetric
 from lapkit.calibration.pairs import Ranked, event
-from lapkit.calibration.streaming import RowMetric
 
 Score: TypeAlias = Literal["brier", "log"]
 

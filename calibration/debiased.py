@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lapkit.calibration.binning import MOST_BINS, Binning, mass_ends, middle_rank
+from lapkit.calibration.binning import MOST_BINS, Binning, mass_bin, mass_end, middle_rank
 from lapkit.calibration.inputs import Array
 from lapkit.calibration.pairs import Ranked
 from lapkit.calibration.reliability import EqualMass, reliability_curve
 
 # Differences of accuracies below this are rounding.
 ROUNDING = 1e-12
+# How many bins are looked at together, of several numbers of bins.
+TABLE = 2**18
 
 
 def debiased_calibration_error(
@@ -94,20 +96,51 @@ def monotone_bins(confidence: Tensor, outcome: Tensor) -> int:
         4
     """
     _, group, size = torch.unique(confidence, return_inverse=True, return_counts=True)
-    hits = torch.bincount(group, weights=outcome)
-    middle = middle_rank(size)
-    counted, came_true = (torch.cat((values.new_zeros(1), values.cumsum(dim=0))) for values in (size, hits))
-    examples = len(confidence)
+    hits, examples = torch.bincount(group, weights=outcome), len(confidence)
     # Where groups are in order, one to a bin, so are all unions of neighbours.
-    if not _falls(hits / size):
+    if not ((hits / size).diff() < -ROUNDING).any():
         return examples
-    for bins in range(2, examples + 1):
-        ends = torch.searchsorted(middle, mass_ends(examples, bins).to(middle.device))
-        number, true = (torch.diff(sums[ends], prepend=sums[:1]) for sums in (counted, came_true))
-        if _falls((true / number)[number > 0]):
-            return bins - 1
+    groups, first, several = _Groups(size, hits), 2, 8
+    while first <= examples:
+        bins = torch.arange(first, min(first + several, examples + 1), device=size.device)
+        falls, width = groups.falls(bins)
+        if falls.any():
+            return first - 1 + int(falls.long().argmax())
+        first, several = first + len(bins), max(1, min(2 * several, TABLE // width))
     return examples
 
 
-def _falls(accuracy: Tensor) -> bool:
-    return bool((accuracy.diff() < -ROUNDING).any())
+class _Groups:
+    """Examples of equal confidence, in ascending order, and whether accuracy rises over bins of them.
+
+    Bins below the first hit have accuracy 0 and those above the last miss accuracy 1, so that it can only fall between
+    bins with groups of the range in the middle: few, where confidence tells right from wrong.
+
+    Args:
+        size: `(G,)` int64.
+        hits: `(G,)` float64, how many came true of each; not in order.
+    """
+
+    def __init__(self, size: Tensor, hits: Tensor) -> None:
+        self.examples, self.middle = int(size.sum()), middle_rank(size)
+        self.counted, self.came_true = (torch.cat((v.new_zeros(1), v.cumsum(dim=0))) for v in (size, hits))
+        self.range = self.middle[torch.cat(((hits > 0).nonzero()[0], (hits < size).nonzero()[-1]))]
+
+    def falls(self, bins: Tensor) -> tuple[Tensor, int]:
+        """Whether accuracy falls from a bin to the next, for several numbers of bins, and how many were looked at.
+
+        Args:
+            bins: numbers of bins, `(B,)` int64.
+
+        Returns:
+            `(B,)` Boolean, and the largest number of bins in the range.
+        """
+        lowest, highest = mass_bin(self.examples, bins[:, None], self.range).unbind(1)
+        width = int((highest - lowest).max()) + 1
+        number = lowest[:, None] + torch.arange(width + 1, device=bins.device)  # bins below each boundary
+        ranks = mass_end(self.examples, bins[:, None], torch.minimum(number, highest[:, None] + 1))
+        ends = torch.searchsorted(self.middle, ranks)
+        count, true = self.counted[ends].diff(), self.came_true[ends].diff()
+        accuracy = torch.where(count > 0, true / count, -torch.inf)  # an empty bin is passed over
+        so_far = accuracy.cummax(dim=1).values
+        return ((accuracy[:, 1:] < so_far[:, :-1] - ROUNDING) & (count[:, 1:] > 0)).any(dim=1), width

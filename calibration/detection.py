@@ -13,7 +13,8 @@ from typing import Literal, TypeAlias, final
 import torch
 from torch import Tensor
 
-from lapkit.calibration.inputs import Array, as_scores
+from lapkit.calibration.event_inputs import as_scores
+from lapkit.calibration.inputs import Array
 
 Positive: TypeAlias = Literal["out", "in"]
 

@@ -1,6 +1,7 @@
 """Predictions and targets of a regression in the forms that users have, checked and brought to a common one.
 
 Nothing is broadcast: `(N,)` and `(N, 1)` are the same single target, and any other difference of shapes is an error.
+Results go back in the form that the prediction came in.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, MixtureSameFamily, MultivariateNormal, Normal
 
-from lapkit.calibration.forecasts import Continuous, Forecast, as_finite
+from lapkit.calibration.continuous_forecasts import Continuous
+from lapkit.calibration.forecasts import Forecast, Samples
 from lapkit.calibration.gaussian_forecasts import Gaussians
-from lapkit.calibration.inputs import Array
+from lapkit.calibration.inputs import Array, as_finite, as_tensor
 
 Prediction: TypeAlias = "Forecast | Distribution | tuple[Array, Array | float]"
 
@@ -66,6 +68,25 @@ def as_targets(targets: Array, forecast: Forecast) -> Tensor:
         The targets `(N, K)`, float64, on the device of the forecast.
     """
     return as_columns(targets, "targets", forecast.like, "prediction")
+
+
+def in_form_of(prediction: Prediction, values: Tensor) -> Tensor:
+    """Values of each target in the shape of the prediction: `(N, 1)` beside targets `(N,)` would be broadcast.
+
+    Args:
+        prediction: of any form.
+        values: `(N, K)`.
+
+    Returns:
+        `(N,)`, where the prediction is one of `(N,)` targets, or `(N, K)`.
+    """
+    if isinstance(prediction, tuple):
+        return values.reshape(as_tensor(prediction[0]).shape)
+    if isinstance(prediction, Samples):
+        return values.reshape(as_tensor(prediction.values).shape[1:])
+    if isinstance(prediction, Distribution):
+        return values.reshape(prediction.batch_shape + prediction.event_shape)
+    return values
 
 
 def z_scores(forecast: Forecast, y: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """What regression scores ask of a prediction: mean, spread, density, distribution function, quantiles, CRPS.
 
 Whatever the user has becomes one of three: Gaussians (see `gaussian_forecasts`), samples, or another distribution of
-torch. Targets are `(N, K)` float64 here; `forecast_inputs` sees to it.
+torch (see `continuous_forecasts`). Targets are `(N, K)` float64 here; `forecast_inputs` sees to it.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from numpy.polynomial.legendre import leggauss
 from torch import Tensor
-from torch.distributions import Distribution
 
-from lapkit.calibration.inputs import Array, as_tensor
-
-# Nodes of the quadrature for distributions whose CRPS has no closed form here.
-NODES = 256
+from lapkit.calibration.inputs import Array, as_finite
 
 
 class Forecast(ABC):
@@ -83,13 +78,13 @@ class Samples(Forecast):
         values = as_finite(self.values, "samples")
         if values.ndim not in (2, 3) or len(values) < 2 or not values.numel():
             raise ValueError(f"shape of samples is {tuple(values.shape)}, expected (S, N) or (S, N, K) with S >= 2.")
-        object.__setattr__(self, "values", values if values.ndim == 3 else values[..., None])
+        object.__setattr__(self, "values", values)
 
     @property
     def draws(self) -> Tensor:
         """The values as `(S, N, K)` float64."""
         assert isinstance(self.values, Tensor)  # since `__post_init__`
-        return self.values
+        return self.values if self.values.ndim == 3 else self.values[..., None]
 
     @property
     def mean(self) -> Tensor:
@@ -133,137 +128,3 @@ class Samples(Forecast):
         rank = torch.arange(count, dtype=torch.float64, device=y.device)
         pairs = torch.tensordot(2 * rank - (count - 1), self.draws.sort(dim=0).values, dims=1)
         return (self.draws - y).abs().mean(0) - pairs / (count * (count - self.fair))
-
-
-@final
-@dataclass(frozen=True, eq=False)
-class Continuous(Forecast):
-    """Another distribution of torch; all but the NLL and the mean need its `cdf` and `icdf`.
-
-    Attributes:
-        distribution: of batch shape `(N,)` or `(N, K)`, of independent targets.
-    """
-
-    distribution: Distribution
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of each target, `(N, K)`."""
-        return self._existing(self.like, "mean")
-
-    @property
-    def std(self) -> Tensor:
-        """Standard deviation of each target, `(N, K)`."""
-        try:
-            return self._existing(_table(self.distribution.stddev), "standard deviation")
-        except NotImplementedError as error:
-            raise self._unknown("standard deviation") from error
-
-    @property
-    def like(self) -> Tensor:
-        """The means, where there are any.
-
-        Raises:
-            TypeError: if torch does not know them.
-        """
-        try:
-            return _table(self.distribution.mean)
-        except NotImplementedError as error:
-            raise self._unknown("mean") from error
-
-    def log_prob(self, y: Tensor) -> Tensor:
-        """Log density of all targets of an example together, in nats."""
-        return _table(self.distribution.log_prob(self._own(y))).sum(1)
-
-    def cdf(self, y: Tensor) -> Tensor:
-        """`F(y)` of each target.
-
-        Raises:
-            TypeError: if the distribution has no such function in torch.
-        """
-        try:
-            return _table(self.distribution.cdf(self._own(y)))
-        except NotImplementedError as error:
-            raise self._unknown() from error
-
-    def quantile(self, level: float) -> Tensor:
-        """`F^{-1}(level)` of each target."""
-        return self._inverse(torch.full_like(self.like, level))
-
-    def crps(self, y: Tensor) -> Tensor:
-        """`2 int_0^1 (1[y <= q_a] - a) (q_a - y) da`, the levels a on either side of y by Gauss-Legendre.
-
-        Good to about six digits in float64 where tails fall exponentially.
-
-        Reference:
-            Gneiting and Ranjan (2011), Comparing density forecasts using threshold- and quantile-weighted scoring
-            rules, section 2.
-        """
-        u, total = self.cdf(y), torch.zeros_like(y)
-        for node, weight in zip(*leggauss(NODES), strict=True):
-            t = (1 + float(node)) / 2
-            below, above = u * t, u + (1 - u) * t
-            total += float(weight) * u * below * self._distance(y, below)
-            total += float(weight) * (1 - u) * (1 - above) * self._distance(y, above)
-        return total
-
-    def _distance(self, y: Tensor, levels: Tensor) -> Tensor:
-        """Between targets and quantiles; none to infinity, where rounding puts levels that weigh nothing."""
-        distance = (y - self._inverse(levels)).abs()
-        return distance.where(distance.isfinite(), 0.0)
-
-    def _existing(self, moment: Tensor, name: str) -> Tensor:
-        """A moment, if there is one.
-
-        Raises:
-            ValueError: if there is none, as of a Cauchy distribution.
-        """
-        if moment.isnan().any():
-            raise ValueError(f"{type(self.distribution).__name__} has no {name}. Score it with predictive_nll or crps.")
-        return moment
-
-    def _inverse(self, levels: Tensor) -> Tensor:
-        try:
-            return _table(self.distribution.icdf(self._own(levels)))
-        except NotImplementedError as error:
-            raise self._unknown() from error
-
-    def _unknown(self, what: str = "distribution function (cdf and icdf)") -> TypeError:
-        return TypeError(
-            f"{type(self.distribution).__name__} has no {what} in torch. Draw from it: "
-            "Samples(distribution.sample((1000,)))."
-        )
-
-    def _own(self, y: Tensor) -> Tensor:
-        """In the shape and type of the distribution's parameters."""
-        mean = self.distribution.mean
-        return y.to(mean.dtype).reshape(mean.shape)
-
-
-def _table(values: Tensor) -> Tensor:
-    return values.detach().double().reshape(len(values), -1)
-
-
-def as_finite(values: Array, name: str) -> Tensor:
-    """Checked real numbers as float64.
-
-    Args:
-        values: of any shape.
-        name: what the caller names them, for the error.
-
-    Returns:
-        The same, detached.
-
-    Raises:
-        TypeError: if they are no real numbers.
-        ValueError: if one is not finite.
-    """
-    given = as_tensor(values)
-    if given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"dtype of {name} is {given.dtype}, expected real numbers.")
-    given = given.to(torch.float64)
-    wrong = ~given.isfinite()
-    if wrong.any():
-        place = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(f"{name} at {place} is {given[place].item()}, expected finite numbers. Leave it out.")
-    return given

@@ -1,4 +1,6 @@
-"""The one place where what the user passes is checked and brought to a common form.
+"""Where probabilities, logits and labels that the user passes are checked and brought to a common form.
+
+Events and scores are checked by `event_inputs`, regressions by `forecast_inputs`.
 
 Past this module probabilities are `(N, C)` with C >= 2, float64 unless a metric needs but a column of them, labels
 are `(N,)` int64 on the same device, and nothing carries a gradient. A wrong dtype raises TypeError, a wrong shape or
@@ -62,7 +64,7 @@ def as_rows(probabilities: Array) -> Tensor:
         The probabilities `(N, C)`, C >= 2, on their device, detached; one column `p` as `1 - p, p` in float64.
     """
     given = as_tensor(probabilities)
-    _check_floating(given, "probabilities")
+    check_floating(given, "probabilities")
     _check_table(given, "probabilities")
     rows = given
     if single := _is_single_column(given):
@@ -70,9 +72,7 @@ def as_rows(probabilities: Array) -> Tensor:
         # The clamp leaves a p just above one to the tolerance of the row sum, as for several columns.
         rows = torch.stack(((1 - positive).clamp(min=0), positive), dim=1)
     tolerance = SUM_TOLERANCE[given.dtype]
-    sums = rows.sum(dim=1, dtype=SUM_DTYPE[rows.dtype])
-    # NaN and infinities fail these comparisons as well, so one pass over the rows settles the usual case.
-    if not (rows.min() >= 0 and (sums - 1).abs().max() <= tolerance):
+    if not _sum_to_one(rows, tolerance):
         _refuse_probabilities(rows.to(torch.float64), tolerance)
     return rows.clamp(max=1) if single else rows
 
@@ -87,12 +87,18 @@ def as_log_probabilities(logits: Array) -> Tensor:
         The log-probabilities `(N, C)`, C >= 2, in float64 on their device, detached.
 
     Raises:
-        ValueError: a row has a NaN, a +inf, or nothing but -inf.
+        ValueError: a row has a NaN, a +inf, or nothing but -inf, or the rows are probabilities.
     """
     given = as_tensor(logits)
-    _check_floating(given, "logits")
+    check_floating(given, "logits")
     _check_table(given, "logits")
     rows = given.to(torch.float64)
+    # One row of logits may happen to be like one of probabilities.
+    if len(rows) > 1 and not _is_single_column(rows) and _sum_to_one(given, SUM_TOLERANCE[given.dtype]):
+        raise ValueError(
+            f"All {len(rows)} rows have no number below zero and sum to one: these are probabilities, expected logits. "
+            "Pass their logarithm, probabilities.log(), which will do for logits."
+        )
     if _is_single_column(rows):
         positive = rows.reshape(-1)
         rows = torch.stack((torch.zeros_like(positive), positive), dim=1)
@@ -100,7 +106,7 @@ def as_log_probabilities(logits: Array) -> Tensor:
     undefined = log_probabilities.isnan().any(dim=1)
     if undefined.any():
         raise ValueError(
-            f"logits of example {_first(undefined)} have a NaN, a +inf or nothing but -inf, expected finite "
+            f"logits of example {first_of(undefined)} have a NaN, a +inf or nothing but -inf, expected finite "
             "numbers (and -inf only for a class that is ruled out). Look for overflow in the model."
         )
     return log_probabilities
@@ -140,87 +146,41 @@ def as_labels(labels: Array, rows: Tensor, name: str = "labels") -> Tensor:
     return given
 
 
-def as_events(probabilities: Array, occurred: Array) -> tuple[Tensor, Tensor]:
-    """Checked probabilities of one event and whether it occurred, both as `(N,)` float64.
+def as_finite(values: Array, name: str) -> Tensor:
+    """Checked real numbers as float64.
 
     Args:
-        probabilities: `(N,)` probabilities of the event.
-        occurred: `(N,)` booleans, or integers 0 and 1.
+        values: of any shape.
+        name: what the caller names them, for the error.
 
     Returns:
-        The probabilities `(N,)`, and the outcomes `(N,)` as 0.0 and 1.0 on the same device.
+        The same, detached.
 
     Raises:
-        ValueError: the probabilities are not `(N,)`.
+        TypeError: if they are no real numbers.
+        ValueError: if one is not finite.
     """
-    given = as_tensor(probabilities)
-    if given.ndim != 1:
-        raise ValueError(
-            f"shape of probabilities is {tuple(given.shape)}, expected (N,), those of one event. "
-            "Choose a class with probabilities[:, k], or use reliability_curve for the top label."
-        )
-    rows = as_probabilities(given)
-    outcomes = as_tensor(occurred)
-    outcomes = outcomes.to(torch.int64) if outcomes.dtype == torch.bool else outcomes
-    return rows[:, 1].contiguous(), as_labels(outcomes, rows, "occurred").to(torch.float64)
+    given = as_tensor(values)
+    if given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"dtype of {name} is {given.dtype}, expected real numbers.")
+    given = given.to(torch.float64)
+    wrong = ~given.isfinite()
+    if wrong.any():
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{name} at {place} is {given[place].item()}, expected finite numbers. Leave it out.")
+    return given
 
 
-def as_flags(flags: Array, scores: Tensor, name: str) -> Tensor:
-    """Checked yes or no of each example as `(N,)` float64.
+def check_floating(given: Tensor, name: str) -> None:
+    """Refuse what is not floating.
 
     Args:
-        flags: `(N,)` booleans, or integers 0 and 1.
-        scores: the checked numbers `(N,)` that they belong to.
-        name: what the caller names the flags, for the error.
-
-    Returns:
-        Ones and zeros `(N,)` on the device of the scores.
+        given: numbers.
+        name: what the caller names them, for the error.
 
     Raises:
-        TypeError: the flags are neither booleans nor integers.
-        ValueError: their shape is not `(N,)`, or one of them is not 0 or 1.
+        TypeError: if it is of another type.
     """
-    given = as_tensor(flags)
-    if given.is_floating_point() or given.is_complex():
-        raise TypeError(f"dtype of {name} is {given.dtype}, expected booleans. Compare first, as in {name} > 0.5.")
-    if given.shape != scores.shape:
-        raise ValueError(
-            f"shape of {name} is {tuple(given.shape)}, expected {tuple(scores.shape)}, one for each score."
-        )
-    low, high = (int(extreme) for extreme in given.to(torch.int64).aminmax())
-    if low < 0 or high > 1:
-        raise ValueError(f"{name} range from {low} to {high}, expected booleans, or integers 0 and 1.")
-    return given.to(device=scores.device, dtype=torch.float64)
-
-
-def as_scores(scores: Array, name: str) -> Tensor:
-    """Checked real scores as `(N,)` float64.
-
-    Args:
-        scores: `(N,)` finite numbers, N > 0.
-        name: what the caller names the scores, for the error.
-
-    Returns:
-        The scores `(N,)`.
-
-    Raises:
-        ValueError: the shape is not `(N,)` with N > 0, or a score is not finite.
-    """
-    given = as_tensor(scores)
-    _check_floating(given, name)
-    if given.ndim != 1 or given.numel() == 0:
-        raise ValueError(
-            f"shape of {name} is {tuple(given.shape)}, expected (N,) with N > 0, one score per example. "
-            f"Reduce further axes, or flatten them with {name}.reshape(-1)."
-        )
-    infinite = ~given.isfinite()
-    if infinite.any():
-        row = _first(infinite)
-        raise ValueError(f"{name}[{row}] is {given[row].item()}, expected finite scores. Leave it out.")
-    return given.to(torch.float64)
-
-
-def _check_floating(given: Tensor, name: str) -> None:
     if given.dtype not in SUM_TOLERANCE:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUM_TOLERANCE)
         raise TypeError(f"dtype of {name} is {given.dtype}, expected one of {known}. Convert with {name}.float().")
@@ -234,6 +194,12 @@ def _check_table(given: Tensor, name: str) -> None:
         )
 
 
+def _sum_to_one(rows: Tensor, tolerance: float) -> bool:
+    """Whether rows are those of probabilities; NaN and infinities fail these comparisons as well, so it is one pass."""
+    low, high = rows.sum(dim=1, dtype=SUM_DTYPE[rows.dtype]).aminmax()
+    return float(rows.min()) >= 0 and float(low) >= 1 - tolerance and float(high) <= 1 + tolerance
+
+
 def _is_single_column(rows: Tensor) -> bool:
     return rows.ndim == 1 or rows.shape[1] == 1
 
@@ -241,10 +207,10 @@ def _is_single_column(rows: Tensor) -> bool:
 def _refuse_probabilities(rows: Tensor, tolerance: float) -> NoReturn:
     infinite, negative = ~rows.isfinite(), rows < 0
     if infinite.any():
-        row = _first(infinite.any(dim=1))
+        row = first_of(infinite.any(dim=1))
         fault = f"contain {rows[infinite][0].item()}, expected finite numbers. Look for overflow in the model"
     elif negative.any():
-        row = _first(negative.any(dim=1))
+        row = first_of(negative.any(dim=1))
         fault = f"contain {rows[negative][0].item():.6g}, expected none below zero. "
         fault += "For logits pass logits.softmax(dim=1)"
     else:
@@ -254,5 +220,6 @@ def _refuse_probabilities(rows: Tensor, tolerance: float) -> NoReturn:
     raise ValueError(f"probabilities of example {row} {fault}. (One column p is read as the two columns 1 - p, p.)")
 
 
-def _first(mask: Tensor) -> int:
+def first_of(mask: Tensor) -> int:
+    """The place of the first that is true, `(N,)`."""
     return int(mask.nonzero()[0])

@@ -14,7 +14,7 @@ from torch import Tensor
 from lapkit.calibration.binning import assign_bins, check_bins
 from lapkit.calibration.classwise import class_events
 from lapkit.calibration.inputs import Array
-from lapkit.calibration.streaming import SumMetric
+from lapkit.calibration.metrics import SumMetric
 
 
 @final

@@ -12,8 +12,9 @@ from typing import Any, TypeAlias, final
 import torch
 from torch import Tensor
 
-from lapkit.calibration.inputs import Array, as_events, as_flags, as_labels, as_rows, as_scores
-from lapkit.calibration.streaming import Result, RowMetric
+from lapkit.calibration.event_inputs import as_events, as_flags, as_scores
+from lapkit.calibration.inputs import Array, as_labels, as_rows
+from lapkit.calibration.metrics import Result, RowMetric
 from lapkit.calibration.top_label import top_label_outcome
 
 Pairs: TypeAlias = Callable[[Any, Any], tuple[Tensor, Tensor]]

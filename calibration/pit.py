@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_targets
-from lapkit.calibration.inputs import Array
+from lapkit.calibration.inputs import Array, as_tensor
+from lapkit.calibration.metrics import RowMetric, SumMetric
 from lapkit.calibration.regression_diagrams import draw_pit
-from lapkit.calibration.streaming import RowMetric, SumMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,17 +30,17 @@ def pit(prediction: Prediction, targets: Array) -> Tensor:
         targets: `(N,)` or `(N, K)`.
 
     Returns:
-        `(N, K)`, in [0, 1], float64.
+        In the shape of the targets, in [0, 1], float64.
 
     Example:
         >>> pit((torch.zeros(2), 1.0), torch.tensor([0.0, 1.96]))
-        tensor([[0.5000], [0.9750]], dtype=torch.float64)
+        tensor([0.5000, 0.9750], dtype=torch.float64)
 
     Reference:
         Dawid (1984), Present position and potential developments: the prequential approach.
     """
     forecast = as_forecast(prediction)
-    return forecast.cdf(as_targets(targets, forecast))
+    return forecast.cdf(as_targets(targets, forecast)).reshape(as_tensor(targets).shape)
 
 
 @final
@@ -58,7 +58,8 @@ class PITDistance(RowMetric[float]):
         Returns:
             `(N, K)`.
         """
-        return pit(predictions, targets)
+        u = pit(predictions, targets)
+        return u.reshape(len(u), -1)
 
     def finish(self, summary: Tensor) -> float:
         """The distance; see `Metric.finish`.

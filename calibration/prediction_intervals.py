@@ -13,9 +13,10 @@ from typing import TypeAlias, final
 import torch
 from torch import Tensor
 
-from lapkit.calibration.forecast_inputs import Prediction, as_columns, as_forecast, as_level
+from lapkit.calibration.forecast_inputs import Prediction, as_columns, as_level
 from lapkit.calibration.inputs import Array, as_tensor
-from lapkit.calibration.streaming import Mean
+from lapkit.calibration.metrics import Mean
+from lapkit.calibration.regression import quantiles
 
 Bounds: TypeAlias = tuple[Array, Array]
 
@@ -30,14 +31,14 @@ def central_interval(prediction: Prediction, *, coverage: float) -> tuple[Tensor
         coverage: the probability of each target's interval, in (0, 1).
 
     Returns:
-        Lower and upper ends, `(N, K)` each, float64.
+        Lower and upper ends, `(N,)` or `(N, K)` each, as the prediction is, float64.
 
     Example:
         >>> central_interval((torch.zeros(1), 1.0), coverage=0.95)
-        (tensor([[-1.9600]], dtype=torch.float64), tensor([[1.9600]], dtype=torch.float64))
+        (tensor([-1.9600], dtype=torch.float64), tensor([1.9600], dtype=torch.float64))
     """
-    forecast, tail = as_forecast(prediction), (1 - as_level(coverage, "coverage")) / 2
-    return forecast.quantile(tail), forecast.quantile(1 - tail)
+    tail = (1 - as_level(coverage, "coverage")) / 2
+    return quantiles(prediction, tail), quantiles(prediction, 1 - tail)
 
 
 def covered(bounds: Bounds, targets: Array) -> Tensor:

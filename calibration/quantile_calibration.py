@@ -12,9 +12,9 @@ from torch import Tensor
 from lapkit.calibration.binning import Binning, assign_bins
 from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_targets, positive_std
 from lapkit.calibration.inputs import Array
+from lapkit.calibration.metrics import RowMetric, SumMetric
 from lapkit.calibration.pit import pit
 from lapkit.calibration.regression_diagrams import draw_calibration
-from lapkit.calibration.streaming import RowMetric, SumMetric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,10 +17,18 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lapkit.calibration.forecast_inputs import Prediction, as_columns, as_forecast, as_level, as_targets, z_scores
+from lapkit.calibration.forecast_inputs import (
+    Prediction,
+    as_columns,
+    as_forecast,
+    as_level,
+    as_targets,
+    in_form_of,
+    z_scores,
+)
 from lapkit.calibration.forecasts import Forecast
 from lapkit.calibration.inputs import Array
-from lapkit.calibration.streaming import Mean
+from lapkit.calibration.metrics import Mean
 
 
 def density_losses(prediction: Prediction, targets: Array) -> Tensor:
@@ -191,13 +199,13 @@ def quantiles(prediction: Prediction, level: float) -> Tensor:
         level: in (0, 1).
 
     Returns:
-        `(N, K)`, float64.
+        `(N,)` or `(N, K)`, as the prediction is, float64.
 
     Example:
         >>> quantiles((torch.zeros(1), 1.0), 0.975)
-        tensor([[1.9600]], dtype=torch.float64)
+        tensor([1.9600], dtype=torch.float64)
     """
-    return as_forecast(prediction).quantile(as_level(level, "level"))
+    return in_form_of(prediction, as_forecast(prediction).quantile(as_level(level, "level")))
 
 
 def pinball_loss(prediction: Prediction, targets: Array, *, level: float) -> float:

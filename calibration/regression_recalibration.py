@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from lapkit.calibration.binned_recalibration import interpolated
-from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_level, as_targets, z_scores
+from lapkit.calibration.forecast_inputs import Prediction, as_forecast, as_level, as_targets, in_form_of, z_scores
 from lapkit.calibration.inputs import Array
 from lapkit.calibration.pit import pit
 from lapkit.calibration.recalibration import Recalibration
+from lapkit.calibration.regression import quantiles
 
 
 @final
@@ -68,10 +69,11 @@ class SigmaScaling(Recalibration):
             prediction: of any form.
 
         Returns:
-            The pair, `(N, K)` each, float64: a prediction again.
+            The pair, `(N,)` or `(N, K)` each, as the prediction is, float64: a prediction again.
         """
         forecast = as_forecast(prediction)
-        return forecast.mean, self.factor.to(forecast.mean.device) * forecast.std
+        std = self.factor.to(forecast.mean.device) * forecast.std
+        return in_form_of(prediction, forecast.mean), in_form_of(prediction, std)
 
 
 @final
@@ -135,11 +137,11 @@ class QuantileRecalibration(Recalibration):
             level: in (0, 1); beyond what the held-out data reach, the quantile is the outermost that they do.
 
         Returns:
-            `(N, K)`, float64.
+            `(N,)` or `(N, K)`, as the prediction is, float64.
         """
         at = interpolated(self.observed, self.predicted, self.observed.new_tensor([as_level(level, "level")]))
         edge = float(self.predicted[1]), float(self.predicted[-2])
-        return as_forecast(prediction).quantile(min(max(float(at), edge[0]), edge[1]))
+        return quantiles(prediction, min(max(float(at), edge[0]), edge[1]))
 
     def interval(self, prediction: Prediction, *, coverage: float) -> tuple[Tensor, Tensor]:
         """The recalibrated central interval.
@@ -149,7 +151,7 @@ class QuantileRecalibration(Recalibration):
             coverage: in (0, 1).
 
         Returns:
-            Lower and upper ends, `(N, K)` each.
+            Lower and upper ends, `(N,)` or `(N, K)` each, as the prediction is.
         """
         tail = (1 - as_level(coverage, "coverage")) / 2
         return self.quantile(prediction, tail), self.quantile(prediction, 1 - tail)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lapkit.calibration.binning import Binning, assign_bins, check_bins
 from lapkit.calibration.curves import ReliabilityCurve
 from lapkit.calibration.inputs import Array
+from lapkit.calibration.metrics import Metric, SumMetric
 from lapkit.calibration.pairs import Pairs, Ranked, event, top_label
-from lapkit.calibration.streaming import Metric, SumMetric
 
 
 @final
@@ -220,9 +220,8 @@ def bin_sums(index: Tensor, confidence: Tensor, outcome: Tensor, bins: int) -> T
     Returns:
         `(3, M)` float64.
     """
-    count = torch.bincount(index, minlength=bins).to(torch.float64)
-    sums = (torch.bincount(index, weights=values, minlength=bins) for values in (confidence, outcome))
-    return torch.stack((count, *sums))
+    values = torch.stack((torch.ones_like(confidence), confidence, outcome))
+    return values.new_zeros(3, bins).index_add_(1, index, values)
 
 
 def curve_of_sums(edges: Tensor, sums: Tensor) -> ReliabilityCurve:

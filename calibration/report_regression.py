@@ -150,7 +150,8 @@ def _intervals(forecasts: Mapping[str, Forecast], y: Mapping[str, Tensor]) -> li
         # Spread evenly over the examples: no choice to be made.
         at = torch.linspace(0, len(y[name]) - 1, min(DRAWN, len(y[name]))).long()
         lower, upper = central_interval(forecast, coverage=COVERAGE)
-        mean, low, high, target = (v[:, 0].cpu()[at].tolist() for v in (forecast.mean, lower, upper, y[name]))
+        drawn = (forecast.mean, lower, upper, y[name])
+        mean, low, high, target = (v.reshape(len(v), -1)[:, 0].cpu()[at].tolist() for v in drawn)
         draw_intervals(ax, mean=mean, lower=low, upper=high, targets=target, label="90 % interval").set_title(
             caption(name)
         )

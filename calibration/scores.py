@@ -8,8 +8,8 @@ expectation only the true distribution attains the minimum.
 from __future__ import annotations
 
 from lapkit.calibration.inputs import Array
+from lapkit.calibration.metrics import Mean
 from lapkit.calibration.per_example import TopKCorrect, brier_scores, correct, log_losses, log_losses_from_logits
-from lapkit.calibration.streaming import Mean
 
 
 def accuracy(probabilities: Array, labels: Array) -> float:

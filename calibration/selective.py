@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lapkit.calibration.diagrams import draw_risk_coverage, new_axes
-from lapkit.calibration.inputs import Array, as_scores
+from lapkit.calibration.event_inputs import as_scores
+from lapkit.calibration.inputs import Array
 from lapkit.calibration.pairs import Ranked
 from lapkit.calibration.ties import average_over_ties
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lapkit.calibration.inputs import Array
+from lapkit.calibration.metrics import SumMetric
 from lapkit.calibration.pairs import Pairs, top_label
-from lapkit.calibration.streaming import SumMetric
 
 # Cells of the grid on which residuals are added up: exact to 1e-5 at widths from 0.01 on.
 CELLS = 2**14

@@ -95,7 +95,8 @@ from lapkit.curvature.quantities.quantity import (
 )
 from lapkit.curvature.quantities.results import CurvatureSum, PerExample, Result, Sum
 from lapkit.curvature.quantities.sqrt_ggn import LowRankSum, SqrtGGN
-from lapkit.curvature.spectra.analysis import ViViT, vivit
+from lapkit.curvature.spectra.analysis import ViViT
+from lapkit.curvature.spectra.batch import vivit
 from lapkit.curvature.spectra.comparison import eigenvalue_accuracy, magnitude_error
 from lapkit.curvature.spectra.damping import NoiseAwareDamping
 from lapkit.curvature.spectra.directions import Directions

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from lapkit.curvature import BlockDiagonal, Dense, Factored, Likelihood, LowRank
+from lapkit.curvature import BlockDiagonal, Dense, Factored, GGNBlocks, GGNDense, Likelihood, LowRank
 from lapkit.laplace import Laplace
 
 
@@ -186,9 +186,13 @@ def _remarks(named: dict[str, Laplace]) -> Iterator[str]:
 
 
 def _structure(model: Laplace) -> str:
-    """The form of the curvature; columns, written out or not, are the full matrix in another form."""
-    curvature = model.fitted.curvature
-    return Dense.__name__ if isinstance(curvature, (LowRank, Factored)) else type(curvature).__name__
+    """What is kept of the curvature; columns, written out or not, are the full matrix, or blocks, in another form."""
+    curvature, exact = model.fitted.curvature, (Dense, LowRank, Factored)
+    if model.structure.factored:
+        return str(model.structure)
+    if isinstance(curvature, BlockDiagonal) and all(isinstance(block, exact) for block in curvature.blocks):
+        return GGNBlocks.__name__
+    return GGNDense.__name__ if isinstance(curvature, exact) else str(model.structure)
 
 
 def _is_limited(model: Laplace) -> bool:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import (
-    Bernoulli,
-    Categorical,
-    Distribution,
-    Independent,
-    MixtureSameFamily,
-    MultivariateNormal,
-)
+from torch.distributions import Categorical, Distribution
 
+from lapkit.calibration import Report
 from lapkit.comparison import compare
 from lapkit.curvature import Bernoulli as BernoulliLikelihood
 from lapkit.curvature import Categorical as CategoricalLikelihood
+from lapkit.evaluation import evaluate
 from lapkit.laplace import Laplace
+from lapkit.mixing import mixed, weighted
 from lapkit.posteriors import Uncertainty
 
 
@@ -105,7 +101,7 @@ class LaplaceMixture:
         return mean, self._mean(spreads + between)
 
     def _mean(self, values: Tensor) -> Tensor:
-        return torch.tensordot(self.weights.to(values), values, dims=1)
+        return weighted(self.weights, values)
 
     def uncertainty(self, x: Any, n_samples: int = 512, generator: torch.Generator | None = None) -> Uncertainty:
         """Aleatoric and epistemic parts, where what the members disagree about is epistemic, too.
@@ -155,16 +151,22 @@ class LaplaceMixture:
             ValueError: if the likelihood has no closed-form predictive.
             TypeError: if a mixture of its predictives has none.
         """
-        parts = [member.predictive_distribution(x) for member in self.members]
-        if all(isinstance(part, MultivariateNormal) for part in parts):
-            mean = torch.stack([part.mean for part in parts], dim=-2)
-            covariance = torch.stack([part.covariance_matrix for part in parts], dim=-3)  # type: ignore[attr-defined]
-            weights = self.weights.to(mean).expand(*mean.shape[:-2], len(parts))
-            return MixtureSameFamily(Categorical(weights), MultivariateNormal(mean, covariance))
-        if all(isinstance(part, Categorical) for part in parts):
-            return Categorical(self._mean(torch.stack([part.probs for part in parts])))  # type: ignore[attr-defined]
-        if isinstance(self.members[0].likelihood, BernoulliLikelihood):
-            return Independent(Bernoulli(self._mean(torch.stack([part.mean for part in parts]))), 1)
-        raise TypeError(
-            f"A mixture of {type(parts[0]).__name__} has no closed form here; mix predictive_samples of the members."
-        )
+        return mixed([member.predictive_distribution(x) for member in self.members], self.weights)
+
+    def evaluate(self, loader: Iterable[Any], **options: Any) -> Report:
+        """How good and how honest the mixture is, beside its first member and the plain ensemble of the networks.
+
+        Args:
+            loader: batches `(inputs, targets)` that nothing was trained or tuned on.
+            options: those of `Laplace.evaluate`; `ensemble=` other networks than the members' own.
+
+        Returns:
+            The report: the rows of the first member's, "ensemble of M" and "mixture of M".
+
+        Raises:
+            RuntimeError: if a network's weights have changed since.
+            TypeError: if the likelihood is neither of classes nor Gaussian, or a batch has the wrong type.
+            ValueError: if data or options do not fit.
+        """
+        first, *others = self.members
+        return evaluate(first, loader, others=others, weights=self.weights, **options)

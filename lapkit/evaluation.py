@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import singledispatch
 from typing import Any
 
@@ -15,27 +14,11 @@ from torch.distributions import Distribution, Independent, MixtureSameFamily, Mu
 
 from lapkit.calibration import Report, SigmaScaling, TemperatureScaling, report
 from lapkit.choices import choice
-from lapkit.curvature import Bernoulli, BradleyTerry, Categorical, Engine, Likelihood, Parameters, borrowed
-from lapkit.curvature.inputs import TARGET_KEYS, as_tensors, numbered, to_device, unpack
+from lapkit.curvature import Bernoulli, BradleyTerry, Categorical, Likelihood
+from lapkit.evaluation_data import Seen, seen
 from lapkit.facade.predictions import Predictions
+from lapkit.mixing import mixed
 from lapkit.posteriors import LINKS, FunctionDistribution, predictive
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What the networks say of all examples; an output at one position of an example is a row.
-
-    Args:
-        f: of the linearised network, `(M, C)`.
-        members: outputs of the ensemble's networks, `(M, C)` each.
-        targets: checked, `(M, *)`; none where they were not asked for.
-        inputs: where examples are rows and inputs are tensors.
-    """
-
-    f: FunctionDistribution
-    members: tuple[Tensor, ...]
-    targets: Tensor
-    inputs: Tensor | None
 
 
 def evaluate(
@@ -45,6 +28,8 @@ def evaluate(
     ood: Iterable[Any] | None = None,
     validation: Iterable[Any] | None = None,
     ensemble: Sequence[nn.Module] = (),
+    others: Sequence[Predictions] = (),
+    weights: Tensor | None = None,
     link_approx: str = "probit",
     n_samples: int = 100,
     generator: torch.Generator | None = None,
@@ -57,14 +42,18 @@ def evaluate(
         loader: batches `(inputs, targets)` that nothing was trained, tuned or recalibrated on.
         ood: batches of inputs, with or without targets, from elsewhere.
         validation: batches that were not trained on either, for the temperature, or the factor of the spread.
-        ensemble: networks trained from different starts, the MAP network among them or not.
+        ensemble: networks trained from different starts, the MAP network among them or not; of a mixture, its own by
+            default.
+        others: the other members of a mixture, all fitted; see `LaplaceMixture.evaluate`.
+        weights: of the mixture's members, `la` first, which sum to one; equal by default.
         link_approx: for classes, as for predictions.
         n_samples: of "mc" and "qmc".
         generator: of "mc" and "qmc".
         page: further arguments of `lapkit.calibration.report`, such as `class_names`, `unit` and `title`.
 
     Returns:
-        The report: rows "MAP", "MAP + temperature" (or "MAP + sigma scaling"), "Laplace", "ensemble of M".
+        The report: rows "MAP", "MAP + temperature" (or "MAP + sigma scaling"), "Laplace", "ensemble of M", "mixture of
+        M".
 
     Raises:
         TypeError: if the likelihood is neither of classes nor Gaussian, a batch has the wrong type, or the ensemble is
@@ -73,83 +62,39 @@ def evaluate(
         RuntimeError: before `fit`, or if the network's weights have changed since.
     """
     link, likelihood = choice(LINKS, link_approx, "link_approx"), la.likelihood
-    held_out = None if validation is None else _seen(la, validation, ())
+    mixture = (la, *others)
+    held_out = None if validation is None else seen((la,), validation)
     scaling = None if held_out is None else _scaling(likelihood, held_out)
 
-    def rows(seen: _Seen) -> dict[str, Any]:
-        mode = _prediction(predictive(likelihood, _certain(seen.f.mean)))
+    def rows(data: Seen) -> dict[str, Any]:
+        pairs = list(zip(mixture, data.f, strict=True))
+        networks = [predictive(member.likelihood, _certain(f.mean)) for member, f in pairs]
+        each = [predictive(member.likelihood, f, link, n_samples, generator) for member, f in pairs]
+        mode = _prediction(networks[0])
         found = {"MAP": mode}
         if isinstance(scaling, TemperatureScaling):
-            found["MAP + temperature"] = scaling(_logits(seen.f.mean, mode))
+            found["MAP + temperature"] = scaling(_logits(data.f[0].mean, mode))
         elif scaling is not None:
             found["MAP + sigma scaling"] = scaling(mode)
-        found["Laplace"] = _prediction(predictive(likelihood, seen.f, link, n_samples, generator))
-        if seen.members:
-            each = [_prediction(predictive(likelihood, _certain(f))) for f in seen.members]
-            found[f"ensemble of {len(each)}"] = _mixed(each)
+        found["Laplace"] = _prediction(each[0])
+        if data.members:
+            networks = [predictive(likelihood, _certain(f)) for f in data.members]
+        if data.members or others:
+            found[f"ensemble of {len(networks)}"] = _prediction(mixed(networks))
+        if others:
+            found[f"mixture of {len(each)}"] = _prediction(mixed(each, weights))
         return found
 
-    test = _seen(la, loader, ensemble)
+    test = seen(mixture, loader, ensemble)
     y, kept = _labels(likelihood, test.targets)
     predictions = {name: p[kept] if isinstance(p, Tensor) else p for name, p in rows(test).items()}
-    outside = None if ood is None else rows(_seen(la, ood, ensemble, with_targets=False))
+    outside = None if ood is None else rows(seen(mixture, ood, ensemble, with_targets=False))
     notes = [*page.pop("notes", ()), _about(scaling), f"Laplace: {la!r}."]
+    focus = f"mixture of {len(mixture)}" if others else "Laplace"
     # Several events of an example, or labels that are missing: rows are no examples.
     rowwise = test.inputs is not None and len(test.inputs) == len(y) and bool(kept.all())
-    page = {"inputs": test.inputs if rowwise else None, "focus": "Laplace"} | page
+    page = {"inputs": test.inputs if rowwise else None, "focus": focus} | page
     return report(predictions, y[kept], ood=outside, notes=notes, **page)
-
-
-def _seen(la: Predictions, data: Iterable[Any], ensemble: Sequence[nn.Module], *, with_targets: bool = True) -> _Seen:
-    """One pass over the data.
-
-    Raises:
-        TypeError: if the ensemble is a single network.
-        ValueError: if there are none, or examples have weights.
-    """
-    if isinstance(ensemble, nn.Module):  # an nn.Sequential would be read as a list of its layers
-        raise TypeError(f"The ensemble is one {type(ensemble).__name__}; expected a list of networks.")
-    means, covariances, targets, inputs = [], [], [], []
-    members: list[list[Tensor]] = [[] for _ in ensemble]
-    for number, batch in numbered(data):
-        x, y, weights = unpack(batch, number) if with_targets else (_inputs(batch, number), None, None)
-        if weights is not None:
-            raise ValueError("The batches have weights of the examples; expected none: all count alike here.")
-        f = la.function_distribution(x)
-        outputs = f.mean.shape[-1]
-        means.append(f.mean.reshape(-1, outputs))
-        covariances.append(f.covariance.reshape(-1, outputs, outputs))
-        for found, member in zip(members, ensemble, strict=True):
-            found.append(_outputs(la, member, x).reshape(-1, outputs).to(f.mean))
-        if y is not None:
-            checked = la.likelihood.check(f.mean, y.to(f.mean.device), la.output_axis)
-            targets.append(checked.reshape(len(means[-1]), -1))
-        inputs.append(x)
-    if not means:
-        raise ValueError("There is no batch in the data. A generator can be run through once only: give a loader.")
-    shown = torch.cat(inputs) if all(isinstance(x, Tensor) for x in inputs) else None
-    return _Seen(
-        FunctionDistribution(torch.cat(means), torch.cat(covariances)),
-        tuple(torch.cat(found) for found in members),
-        torch.cat(targets) if targets else torch.empty(0),
-        shown if shown is not None and len(shown) == sum(map(len, means)) else None,
-    )
-
-
-def _inputs(batch: Any, number: int) -> Any:
-    """The inputs of a batch that may or may not have targets."""
-    if isinstance(batch, Mapping):
-        return as_tensors({key: value for key, value in batch.items() if key not in TARGET_KEYS})
-    if isinstance(batch, (tuple, list)):
-        return as_tensors(batch[0]) if len(batch) == 1 else unpack(batch, number)[0]
-    return as_tensors(batch)
-
-
-def _outputs(la: Predictions, model: nn.Module, x: Any) -> Tensor:
-    """What another network gives for the same inputs, in the same form."""
-    engine = Engine(model, Parameters.of(model), forward_fn=la.forward_fn, output_axis=la.output_axis)
-    with borrowed(model, engine.parameters):
-        return engine.outputs(to_device(x, engine.parameters.device)).detach()
 
 
 def _certain(mean: Tensor) -> FunctionDistribution:
@@ -182,8 +127,9 @@ def _(distribution: Any) -> Any:
     return _prediction(distribution.base_dist)
 
 
-@_prediction.register
-def _(distribution: MultivariateNormal) -> MultivariateNormal:
+@_prediction.register(MultivariateNormal)
+@_prediction.register(MixtureSameFamily)
+def _(distribution: Distribution) -> Distribution:
     return distribution
 
 
@@ -215,23 +161,14 @@ def _logits(mean: Tensor, probabilities: Tensor) -> Tensor:
     return mean.reshape(probabilities.shape)
 
 
-def _scaling(likelihood: Likelihood, seen: _Seen) -> TemperatureScaling | SigmaScaling:
+def _scaling(likelihood: Likelihood, data: Seen) -> TemperatureScaling | SigmaScaling:
     """What is fitted to held-out data."""
-    mode = _prediction(predictive(likelihood, _certain(seen.f.mean)))
-    y, kept = _labels(likelihood, seen.targets)
+    mean = data.f[0].mean
+    mode = _prediction(predictive(likelihood, _certain(mean)))
+    y, kept = _labels(likelihood, data.targets)
     if isinstance(mode, Tensor):
-        return TemperatureScaling.fit(_logits(seen.f.mean, mode)[kept], y[kept])
+        return TemperatureScaling.fit(_logits(mean, mode)[kept], y[kept])
     return SigmaScaling.fit(mode, y)
-
-
-def _mixed(members: Sequence[Any]) -> Any:
-    """The mixture of an ensemble's predictions, with equal weights."""
-    if isinstance(members[0], Tensor):
-        return torch.stack(list(members)).mean(0)
-    mean = torch.stack([member.mean for member in members], dim=1)
-    root = torch.stack([member.scale_tril for member in members], dim=1)
-    weights = CategoricalDistribution(logits=mean.new_zeros(mean.shape[:2]))
-    return MixtureSameFamily(weights, MultivariateNormal(mean, scale_tril=root))
 
 
 def _about(scaling: TemperatureScaling | SigmaScaling | None) -> str:

@@ -1,22 +1,21 @@
-"""Ways to the top of the evidence: Brent's method, L-BFGS, MacKay's fixed point, and Newton's method."""
+"""Ways to the top of the evidence: MacKay's condition and its fixed point, L-BFGS, and Newton's method."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
-from scipy.optimize import brentq, minimize
+from scipy.optimize import minimize
 from torch import Tensor
 
 from lapkit.evidence_surface import EvidenceSurface
 from lapkit.posteriors import Fit
 
 TOLERANCE = 1e-9  # of the logarithms, between steps
-BRACKET = 1e-3  # wider on both sides than exact numbers would ask for
+LAST_STEP = 1e-6  # of Newton's method for a root, whose error is squared by each step
 LONGEST_STEP = 4.0  # of Newton's method, in a logarithm
 
 
@@ -39,43 +38,50 @@ Search = Callable[[EvidenceSurface, Tensor, Tensor, Tensor, int], Found]
 
 
 def automatic(surface: EvidenceSurface, start: Tensor, lower: Tensor, upper: Tensor, n_steps: int) -> Found:
-    """Brent's method for one precision over known eigenvalues, which takes a millisecond; L-BFGS for all else."""
-    chosen = lbfgs if surface.eigenvalues is None or surface.tune_noise else brent
+    """Newton's method on MacKay's condition for one precision over known eigenvalues; L-BFGS for all else."""
+    chosen = lbfgs if surface.eigenvalues is None or surface.tune_noise else root_of_condition
     return chosen(surface, start, lower, upper, n_steps)
 
 
-def brent(surface: EvidenceSurface, start: Tensor, lower: Tensor, upper: Tensor, n_steps: int) -> Found:
+def root_of_condition(surface: EvidenceSurface, start: Tensor, lower: Tensor, upper: Tensor, n_steps: int) -> Found:
     """The root of MacKay's condition for one precision, `log(gamma + 2 a) = log(delta (|w - m|^2 + 2 b))`.
 
-    Their difference falls in log delta, with a slope between -2 and -1: its value anywhere brackets the root. Each
-    evaluation is one pass over the eigenvalues.
+    Their difference falls in log delta, with a slope between -2 and -1: its value anywhere brackets the root. Newton's
+    steps stay within these brackets. Each is one pass over the eigenvalues.
 
     Raises:
         ValueError: if there are several hyper-parameters, or the curvature's eigenvalues are not known.
     """
     values = surface.eigenvalues
     if values is None or surface.tune_noise:
-        raise ValueError("Brent's method is for one prior precision over known eigenvalues; choose optimizer='lbfgs'.")
+        raise ValueError(
+            "MacKay's condition is for one prior precision over known eigenvalues; choose optimizer='lbfgs'."
+        )
     shape, rate = surface.gamma
     log_scale = float(surface.log_scale(start).detach())
     denominator = float(surface.squares.detach()) + 2 * rate
-
-    @cache
-    def excess(log: float) -> float:
-        effective = float((values / (values + math.exp(log - log_scale))).sum()) + 2 * shape
-        above = math.log(effective) if effective > 0 else -math.inf
-        return above - (math.log(denominator) + log if denominator > 0 else -math.inf)
-
-    here = float(start)
-    if math.isnan(excess(here)):  # the data say nothing, or NaN, which is told by what reads the evidence there
-        return Found(start, True, 1)
-    ends = sorted(here + excess(here) / steepness for steepness in (1, 2))
-    low, high = max(ends[0] - BRACKET, float(lower)), min(ends[1] + BRACKET, float(upper))
-    if high <= low or excess(low) <= 0 or excess(high) >= 0:
-        edge = upper if excess(here) > 0 else lower
-        return Found(edge, True, excess.cache_info().misses)
-    root, about = brentq(excess, low, high, xtol=TOLERANCE, rtol=1e-12, maxiter=n_steps, full_output=True, disp=False)
-    return Found(torch.full_like(start, root), about.converged, excess.cache_info().misses)
+    shares = torch.empty_like(values)
+    log, low, high = float(start), float(lower), float(upper)
+    for number in range(1, n_steps + 1):
+        torch.add(values, math.exp(log - log_scale), out=shares)
+        torch.div(values, shares, out=shares)
+        effective = float(shares.sum())
+        numerator = effective + 2 * shape
+        if math.isnan(numerator) or numerator == denominator == 0:  # NaN is told by what reads the evidence there
+            return Found(start, True, number)
+        if numerator <= 0 or denominator <= 0:
+            return Found(lower if numerator <= 0 else upper, True, number)
+        excess = math.log(numerator) - math.log(denominator) - log
+        low, high = max(low, log + min(excess, excess / 2)), min(high, log + max(excess, excess / 2))
+        if low >= high:  # also where rounding is all that is left of the excess
+            inside = float(lower) < log + excess < float(upper)
+            return Found(torch.full_like(start, log) if inside else (lower if excess < 0 else upper), True, number)
+        steepness = 1 + (effective - float(shares @ shares)) / numerator
+        following = log + excess / steepness
+        if abs(following - log) < LAST_STEP:
+            return Found(torch.full_like(start, following), True, number)
+        log = following if low < following < high else (low + high) / 2
+    return Found(torch.full_like(start, log), False, n_steps)
 
 
 def lbfgs(surface: EvidenceSurface, start: Tensor, lower: Tensor, upper: Tensor, n_steps: int) -> Found:

@@ -24,6 +24,7 @@ from lapkit.curvature import (
     SymmetricOperator,
     borrowed,
 )
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.inputs import numbered, to_device, unpack
 from lapkit.posteriors import (
     Fit,
@@ -242,10 +243,10 @@ def _(
 def warn_at_edge(grid: Grid, best: int) -> None:
     """Tell that a better precision may lie outside."""
     if best in (0, len(grid.precisions) - 1):
-        side, there = ("smallest", "smaller") if best == 0 else ("largest", "larger")
-        other = "" if best == 0 else ", or the network is best without any uncertainty of its weights"
+        side, remedy = "smallest", "a smaller one may be better still: widen the bounds"
+        if best:
+            side, remedy = "largest", "as good as no uncertainty of the weights, or widen the bounds for a larger one"
         warnings.warn(
-            f"The {side} prior precision of the grid, {float(grid.precisions[best]):g}, is the best: a {there} one may "
-            f"be better still{other}. Widen the bounds.",
-            stacklevel=4,
+            f"The {side} prior precision of the grid, {float(grid.precisions[best]):g}, is the best: {remedy}.",
+            stacklevel=callers_level(),
         )

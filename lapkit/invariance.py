@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,8 @@ class InvariantModel(nn.Module):
 
     Args:
         model: the network g.
-        transform: T, of `lapkit.transforms`, or your own. Its parameters are no weights, and are frozen here.
+        transform: T, of `lapkit.transforms`, or your own. Its parameters are no weights, and are frozen here; they take
+            the type and the device of the network's.
         n_samples: S. Wide ranges need more: neighbouring places should look alike to the network.
         seed: of the Sobol sequence.
 
@@ -49,8 +50,9 @@ class InvariantModel(nn.Module):
         super().__init__()
         if n_samples < 1:
             raise ValueError(f"Expected at least one transform of each input, got n_samples={n_samples}.")
-        self.model, self.transform = model, transform.requires_grad_(False)
-        self.register_buffer("places", _spread(n_samples, transform.dimension, seed).to(torch.get_default_dtype()))
+        like = next(model.parameters(), torch.empty(0))
+        self.model, self.transform = model, transform.requires_grad_(False).to(like.device, like.dtype)
+        self.register_buffer("places", _spread(n_samples, transform.dimension, seed).to(like))
 
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of the shape of the network's own."""
@@ -187,7 +189,7 @@ class InvarianceLearning:
 
     Args:
         training: of weights, prior and noise; its model is at the best evidence.
-        transforms: values of the transform's parameters after every evidence of this run, by name.
+        transforms: values of the transform's parameters after every evidence, by name.
     """
 
     training: MarglikTraining
@@ -197,6 +199,31 @@ class InvarianceLearning:
     def laplace(self) -> Laplace:
         """Fitted at the network and transform of the largest evidence."""
         return self.training.laplace
+
+
+@dataclass
+class _Progress:
+    """What a checkpoint keeps of the transform's side of the training.
+
+    Args:
+        optimizer: of the transform's parameters.
+        generator: of the directions, if it is not torch's own, which a checkpoint keeps anyway.
+        transforms: so far.
+    """
+
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator | None
+    transforms: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        random = None if self.generator is None else self.generator.get_state()
+        return {"optimizer": self.optimizer.state_dict(), "random": random, "transforms": self.transforms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.transforms = state["transforms"]
+        if self.generator is not None and state["random"] is not None:
+            self.generator.set_state(state["random"])
 
 
 def learn_invariance(
@@ -248,7 +275,7 @@ def learn_invariance(
             f"{n_steps}, {learning_rate}, {n_directions} and {len(parameters)} parameters."
         )
     optimizer = torch.optim.Adam(parameters.values(), lr=learning_rate, maximize=True)
-    transforms: list[dict[str, Tensor]] = []
+    progress = _Progress(optimizer, generator)
 
     def move(la: Laplace) -> None:
         directions = posterior_directions(la, n_directions, generator)
@@ -258,10 +285,12 @@ def learn_invariance(
                 parameter.grad = gradient[name]
             optimizer.step()
         optimizer.zero_grad()
-        transforms.append({name: p.detach().clone() for name, p in parameters.items()})
+        progress.transforms.append({name: p.detach().clone() for name, p in parameters.items()})
 
-    trained = marglik_training(model, train_loader, likelihood, hessian_structure, after_fit=move, **options)
-    return InvarianceLearning(trained, transforms)
+    trained = marglik_training(
+        model, train_loader, likelihood, hessian_structure, after_fit=move, kept={"transform": progress}, **options
+    )
+    return InvarianceLearning(trained, progress.transforms)
 
 
 def _invariant(model: nn.Module) -> InvariantModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from os import PathLike
 from typing import Any
@@ -110,8 +109,6 @@ class Laplace(Tuning, Predictions, Storage):
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Expected a torch.nn.Module, got {type(model).__name__}.")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"The temperature must be positive and finite, got {temperature}.")
         wanted = subset_of_weights if isinstance(subset_of_weights, str) else tuple(subset_of_weights)
         self.subset_of_weights, self.subset = wanted, Subset(wanted, subnetwork, last_layer_name)
         if subset_of_data is not None and hessian_structure != "gp":
@@ -120,7 +117,7 @@ class Laplace(Tuning, Predictions, Storage):
                 "whose cost grows with the data. Give other structures a loader of some of the data."
             )
         self.model = model
-        self.likelihood = self._likelihood(likelihood, sigma_noise)
+        self.likelihood = self._named_likelihood(likelihood, sigma_noise)
         self.structure = curvature_structure(hessian_structure, rank, per_parameter, space)
         if hessian_structure == "kron_reduce" and isinstance(self.likelihood, BradleyTerry):
             raise ValueError(
@@ -143,7 +140,7 @@ class Laplace(Tuning, Predictions, Storage):
         self._posterior = None
 
     @staticmethod
-    def _likelihood(likelihood: str | Likelihood, sigma_noise: float | Tensor) -> Likelihood:
+    def _named_likelihood(likelihood: str | Likelihood, sigma_noise: float | Tensor) -> Likelihood:
         if isinstance(likelihood, Likelihood):
             chosen = likelihood
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,7 @@ def marglik_training(
     checkpoint: str | pathlib.Path | None = None,
     progress_bar: bool = False,
     after_fit: Callable[[Laplace], None] | None = None,
+    kept: Mapping[str, Any] | None = None,
     **laplace_options: Any,
 ) -> MarglikTraining:
     """Train a network while the evidence sets the prior precision and the noise: no validation set, no weight decay.
@@ -118,6 +119,8 @@ def marglik_training(
         progress_bar: show one.
         after_fit: called after each evidence with the posterior it is of; it may move what the network has frozen, such
             as the transform of `lapkit.invariance`.
+        kept: what the checkpoint keeps beside: objects with `state_dict` and `load_state_dict`, such as an optimiser
+            that `after_fit` uses, by name.
         laplace_options: more for `Laplace`, such as `rank`, `curvature`, `prior_mean` or `memory_budget`.
 
     Returns:
@@ -168,7 +171,7 @@ def marglik_training(
     schedule = None if scheduler is None else scheduler(trainer, **(scheduler_options or {}))
     batches, counted = _count(train_loader)
     if checkpoint is not None and pathlib.Path(checkpoint).exists():  # last, as loaders draw random numbers
-        state = _restore(pathlib.Path(checkpoint), model, trainer, schedule)
+        state = _restore(pathlib.Path(checkpoint), model, trainer, schedule, kept or {})
     mode = model.training
     bar = tqdm(total=n_epochs, initial=state.epoch, desc="marglik", disable=not progress_bar, leave=False)
     stopped = patience is not None and state.since_best >= patience
@@ -192,7 +195,7 @@ def marglik_training(
                 if after_fit is not None:
                     after_fit(la)
             if checkpoint is not None:
-                _save(pathlib.Path(checkpoint), state, model, trainer, schedule)
+                _save(pathlib.Path(checkpoint), state, model, trainer, schedule, kept or {})
             shown = {"log evidence": state.log_evidences[-1]} if state.log_evidences else {}
             bar.set_postfix(loss=state.losses[-1], **shown)
             bar.update()
@@ -278,7 +281,9 @@ def _remember(state: _State, la: Laplace, model: nn.Module) -> None:
     state.log_evidences.append(evidence)
 
 
-def _save(path: pathlib.Path, state: _State, model: nn.Module, optimizer: Any, schedule: Any) -> None:
+def _save(
+    path: pathlib.Path, state: _State, model: nn.Module, optimizer: Any, schedule: Any, kept: Mapping[str, Any]
+) -> None:
     """Written beside and moved into place, so that an interruption leaves the last one whole."""
     content = {
         "format": FORMAT,
@@ -286,6 +291,7 @@ def _save(path: pathlib.Path, state: _State, model: nn.Module, optimizer: Any, s
         "weights": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "schedule": None if schedule is None else schedule.state_dict(),
+        "kept": {name: value.state_dict() for name, value in kept.items()},
         "random": torch.get_rng_state(),
     }
     beside = path.with_name(f"{path.name}.part")
@@ -293,7 +299,7 @@ def _save(path: pathlib.Path, state: _State, model: nn.Module, optimizer: Any, s
     beside.replace(path)
 
 
-def _restore(path: pathlib.Path, model: nn.Module, optimizer: Any, schedule: Any) -> _State:
+def _restore(path: pathlib.Path, model: nn.Module, optimizer: Any, schedule: Any, kept: Mapping[str, Any]) -> _State:
     """Everything as it was after the last epoch, torch's global random numbers included.
 
     Raises:
@@ -302,6 +308,9 @@ def _restore(path: pathlib.Path, model: nn.Module, optimizer: Any, schedule: Any
     found = torch.load(path, weights_only=True)
     if found.get("format") != FORMAT:
         raise ValueError(f"{path} is a checkpoint of format {found.get('format')}; this version reads {FORMAT}.")
+    stored = found.get("kept", {})
+    if stored.keys() != kept.keys():
+        raise ValueError(f"{path} is the checkpoint of a training that keeps {list(stored)}, not {list(kept)}.")
     try:
         model.load_state_dict(found["weights"])
         optimizer.load_state_dict(found["optimizer"])
@@ -309,5 +318,7 @@ def _restore(path: pathlib.Path, model: nn.Module, optimizer: Any, schedule: Any
         raise ValueError(f"{path} is the checkpoint of another network or optimiser ({error}).") from error
     if schedule is not None:
         schedule.load_state_dict(found["schedule"])
+    for name, value in kept.items():
+        value.load_state_dict(stored[name])
     torch.set_rng_state(found["random"])
     return _State(**found["state"])

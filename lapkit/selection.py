@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Gamma
 
 from lapkit.curvature import Likelihood
+from lapkit.curvature.callers import callers_level
 from lapkit.evidence_search import Search, automatic
 from lapkit.evidence_surface import EvidenceSurface
 from lapkit.grid_search import Grid
@@ -23,6 +25,7 @@ NOISE_BOUNDS = (1e-6, 1e6)
 NO_PRIOR = ("no prior at all, or say nothing (inputs always zero, dead units)", "all weights at the prior mean")
 NO_NOISE = ("no noise at all, as if the network reproduced the targets", "nothing but noise")
 EXHAUSTED = 0.9  # of the target values: with so many effective parameters, residuals say little of the noise
+AT_EDGE = 1e-6  # from it, in a logarithm
 SHOWN = 6  # parameters that a warning names
 LEFT_OUT = 0.1  # of the target values: so many weights that were trained but are not random hide some of the noise
 
@@ -108,25 +111,23 @@ def maximize_evidence(
         mean = prior.mean.double() if isinstance(prior.mean, Tensor) else prior.mean
         surface = EvidenceSurface(double, likelihood, mean, groups, tune_noise, temperature, hyper_prior, values)
         lower, upper = _edges(surface, bounds, noise_bounds)
-        if not (torch.isfinite(lower) & torch.isfinite(upper) & (lower < upper)).all():
-            raise ValueError(
-                f"Bounds are positive and ascending, got {bounds} for precisions, {noise_bounds} for noise."
-            )
         found = search(surface, _start(surface, prior).clamp(lower, upper), lower, upper, n_steps)
         logs = found.logs
         reached = surface.at(logs)
-        tell = _Warnings(surface, logs, lower, upper)
-        tell.edges()
+        tell, free = _Warnings(surface, logs, lower, upper), reached.gradient
+        if ((logs - lower < AT_EDGE) | (upper - logs < AT_EDGE)).any():
+            tell.edges()
+            held = ((logs <= lower) & (free < 0)) | ((logs >= upper) & (free > 0))
+            free = torch.where(held, 0.0, free)
         if tune_noise:
             tell.noise(float(reached.effective.sum()), left_out)
-        held = ((logs <= lower) & (reached.gradient < 0)) | ((logs >= upper) & (reached.gradient > 0))
         return Selection(
             prior=GaussianPrior(surface.precision(logs).to(fit.mean.dtype), prior.mean),
             likelihood=likelihood.with_noise(float(logs[-1].exp())) if tune_noise else likelihood,
             log_evidence=float(reached.log_evidence),
             converged=found.converged,
             evaluations=found.evaluations,
-            slope=float(torch.where(held, 0.0, reached.gradient).abs().max()),
+            slope=float(free.abs().max()),
             effective=reached.effective,
         )
 
@@ -134,10 +135,17 @@ def maximize_evidence(
 def _edges(
     surface: EvidenceSurface, precision: tuple[float, float], noise: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
-    """Logarithms of the bounds."""
-    edges = torch.tensor([precision, noise], dtype=torch.float64, device=surface.fit.mean.device).log()
-    times = torch.tensor([len(surface.groups), int(surface.tune_noise)], device=edges.device)
-    lower, upper = edges.repeat_interleave(times, 0).unbind(1)
+    """Logarithms of the bounds.
+
+    Raises:
+        ValueError: if they are not positive and ascending.
+    """
+    if not all(0 < low < high < math.inf for low, high in (precision, noise)):
+        raise ValueError(f"Bounds are positive and ascending, got {precision} for precisions, {noise} for noise.")
+    size = len(surface.groups) + surface.tune_noise
+    lower, upper = (surface.squares.new_full((size,), math.log(edge)) for edge in precision)
+    if surface.tune_noise:
+        lower[-1], upper[-1] = (math.log(edge) for edge in noise)
     return lower, upper
 
 
@@ -166,7 +174,7 @@ class _Warnings:
     def edges(self) -> None:
         """Of values at the edge of the search."""
         for side, edge in enumerate((self.lower, self.upper)):
-            at = (self.logs - edge).abs() < 1e-6
+            at = (self.logs - edge).abs() < AT_EDGE
             inside = at[: len(self.surface.groups)]
             if inside.any():
                 of = "" if len(self.surface.groups) == 1 else f" of {self._listed(inside)}"
@@ -189,7 +197,7 @@ class _Warnings:
             warnings.warn(
                 f"The tuned noise {float(self.logs[-1].exp()):.3g} may be far too small: {why}. Set sigma_noise from "
                 "held-out residuals, or tune it during training, by lapkit.marglik.marglik_training.",
-                stacklevel=4,
+                stacklevel=callers_level(),
             )
 
     def _listed(self, groups: Tensor) -> str:
@@ -206,5 +214,5 @@ class _Warnings:
         warnings.warn(
             f"The evidence is largest at the edge of the search, {what} {value:g}{of}: the data speak for {meaning}. "
             "Check that the network is trained, and the scale of the data.",
-            stacklevel=5,
+            stacklevel=callers_level(),
         )

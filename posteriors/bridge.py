@@ -16,13 +16,16 @@ For probabilities alone prefer `mean_field`, `probit_centered` or quasi-Monte Ca
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 from torch.distributions import Dirichlet
 
+from lapkit.curvature.callers import callers_level
 from lapkit.posteriors.checks import check_classes, check_gaussian
 
+SHARPER = 10  # times the logits, from which on normalising is worth a warning
 ROUNDING = 8  # a variance below so many units in the last place, for each class, of its terms is none
 
 
@@ -41,7 +44,8 @@ def laplace_bridge(mean: Tensor, covariance: Tensor, *, normalise: bool = False)
     Args:
         mean: m, `(..., C)`.
         covariance: V, `(..., C, C)`.
-        normalise: divide m by `sqrt(c)` and V by c first, `c = mean_c V_cc / sqrt(C / 2)`.
+        normalise: divide m by `sqrt(c)` and V by c first, `c = mean_c V_cc / sqrt(C / 2)`; warns where that makes
+            logits more than ten times as large.
 
     Returns:
         A distribution of batch shape `(...)` over C classes. Total concentrations beyond what rounding can tell from a
@@ -88,6 +92,10 @@ def bridge(mean: Tensor, covariance: Tensor) -> Tensor:
 def bridge_norm(mean: Tensor, covariance: Tensor) -> Tensor:
     """The mean of the normalised Laplace bridge; see `laplace_bridge`.
 
+    The narrower the Gaussian, the larger are the logits after normalising: as V goes to zero, it does not go to the
+    softmax of the mean but to certainty, and probabilities underflow to zero, with an infinite negative log-likelihood
+    where that is a label's. It warns of logits that become more than ten times as large.
+
     Args:
         mean: `(..., C)`.
         covariance: `(..., C, C)`.
@@ -112,6 +120,13 @@ def _log_concentration(mean: Tensor, covariance: Tensor, normalise: bool) -> Ten
     variance = torch.where(certain, 1.0, variance)
     if normalise:
         c = variance.mean(-1, keepdim=True) / math.sqrt(classes / 2)
+        if (c.masked_fill(certain, 1.0) * SHARPER**2 < 1).any():
+            warnings.warn(
+                f"The normalised Laplace bridge makes some logits more than {SHARPER} times as large, because their "
+                "variances are far below sqrt(C / 2), which it is made for: its probabilities are far more confident "
+                "than the network's. Use another link: 'probit_centered', 'mean_field' or 'qmc'.",
+                stacklevel=callers_level(),
+            )
         m, variance = m / c.sqrt(), variance / c
     log_a = m + (-m).logsumexp(-1, keepdim=True) - 2 * math.log(classes)
     if classes > 2:

@@ -47,7 +47,7 @@ def _(operator: KroneckerProduct) -> Tensor:
 
 @known_eigenvalues.register
 def _(operator: Dense) -> Tensor:
-    return operator._spectrum  # in float64, whatever the matrix is in
+    return operator.spectrum  # in float64, whatever the matrix is in
 
 
 @known_eigenvalues.register

@@ -26,7 +26,9 @@ def log_det_ratio(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, temper
     It is bounded by what the data can tell, whatever the number of weights: the difference of the two logarithms, each
     of which grows with that number, would lose its digits.
     """
-    scale = torch.as_tensor(fit.curvature_scale(likelihood, temperature), dtype=fit.curvature.dtype)
+    scale = fit.curvature_scale(likelihood, temperature)
+    if isinstance(scale, Tensor):
+        scale = scale.to(fit.curvature.dtype)
     return fit.curvature.logdet_ratio(prior.values(fit.parameters) / scale, fit.parameters.sizes)
 
 
@@ -42,7 +44,7 @@ def log_evidence(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, tempera
         temperature: of the likelihood.
 
     Returns:
-        A number, differentiable in the prior precision, the noise and the temperature.
+        A number in the type of the mode, differentiable in the prior precision, the noise and the temperature.
 
     Reference:
         MacKay, A practical Bayesian framework for backpropagation networks, 1992, eq. (2.10); Dangel, Backpropagation
@@ -50,4 +52,4 @@ def log_evidence(fit: Fit, likelihood: Likelihood, prior: GaussianPrior, tempera
     """
     scatter = prior.scatter(fit.parameters, fit.mean)
     complexity = scatter + log_det_ratio(fit, likelihood, prior, temperature)
-    return fit.log_likelihood(likelihood, temperature) - complexity / 2
+    return (fit.log_likelihood(likelihood, temperature) - complexity / 2).to(fit.mean.dtype)

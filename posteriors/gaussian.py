@@ -55,7 +55,8 @@ class GaussianPosterior:
         """
         shape = (n_samples, len(self.mean))  # the numbers of a draw side by side, which is faster and stays so
         noise = torch.randn(shape, generator=generator, dtype=self.mean.dtype, device=self.mean.device)
-        return self.mean + self.precision.inverse_root_transpose(noise.T).T
+        drawn = self.precision.inverse_root_transpose(noise.T).T
+        return drawn + self.mean if drawn.requires_grad else drawn.add_(self.mean)  # fewer copies of many weights
 
     def log_prob(self, weights: Tensor, normalized: bool = True) -> Tensor:
         """The log density at weights `(P,)`, or at several `(S, P)`.

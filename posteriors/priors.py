@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +39,10 @@ class GaussianPrior:
         precision, mean = _numbers(self.precision, "precision"), _numbers(self.mean, "mean")
         if precision.ndim > 1 or precision.numel() == 0:
             raise ValueError(f"A prior precision is a number or a vector, got shape {tuple(precision.shape)}.")
-        if not (torch.isfinite(precision).all() and (precision > 0).all()):
-            raise ValueError(
-                f"Prior precisions must be positive and finite, got values between {precision.min():g} and "
-                f"{precision.max():g}."
-            )
-        if mean.ndim > 1 or not torch.isfinite(mean).all():
+        low, high = _range(precision)
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"Prior precisions must be positive and finite, got values between {low:g} and {high:g}.")
+        if mean.ndim > 1 or mean.numel() == 0 or not all(map(math.isfinite, _range(mean))):
             raise ValueError(f"A prior mean is a finite number or vector, got shape {tuple(mean.shape)}: {mean}.")
 
     def values(self, parameters: Parameters) -> Tensor:
@@ -61,7 +60,7 @@ class GaussianPrior:
         precision = _beside(parameters, self.precision)
         if precision.numel() == 1:
             return precision.reshape(())
-        if len(precision) in (len(parameters.sizes), parameters.numel):
+        if len(precision) in (len(parameters.tensors), parameters.numel):
             return precision
         raise ValueError(
             f"Expected 1 prior precision, {len(parameters.sizes)} (one for each parameter tensor) or "
@@ -71,7 +70,7 @@ class GaussianPrior:
     def shift(self, parameters: Parameters) -> Tensor:
         """The precision as one number `()` or one for each weight `(P,)`; see `values`."""
         values = self.values(parameters)
-        return spread(values, parameters.sizes) if values.shape == (len(parameters.sizes),) else values
+        return spread(values, parameters.sizes) if values.shape == (len(parameters.tensors),) else values
 
     def centre(self, parameters: Parameters) -> Tensor:
         """The mean as one number `()` or one for each weight `(P,)`, in the weights' type and place.
@@ -100,7 +99,7 @@ class GaussianPrior:
 
     def scatter(self, parameters: Parameters, weights: Tensor) -> Tensor:
         """`(w - mean)^T diag(precision) (w - mean)` for weights `(P,)`."""
-        centre = self.centre(parameters).to(weights.dtype)
+        centre = self.centre(parameters).to(weights.dtype) if not isinstance(self.mean, float) else self.mean
         return (self.shift(parameters) * (weights - centre).square()).sum()
 
 
@@ -119,9 +118,17 @@ def _numbers(value: Tensor | float, what: str) -> Tensor:
         ) from error
 
 
+def _range(values: Tensor) -> tuple[float, float]:
+    """The smallest and the largest one, NaN where there is one."""
+    if values.numel() == 1:
+        return (float(values.detach()),) * 2
+    low, high = values.detach().aminmax()
+    return float(low), float(high)
+
+
 def _beside(parameters: Parameters, value: Tensor | float) -> Tensor:
     """A tensor where the weights are, of their type or a wider one of its own; torch's default type would round it."""
     dtype = torch.promote_types(parameters.dtype, torch.float32)
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if isinstance(value, Tensor) and value.dtype != dtype and value.is_floating_point():
         dtype = torch.promote_types(value.dtype, dtype)
     return torch.as_tensor(value, dtype=dtype, device=parameters.device)

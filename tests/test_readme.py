@@ -31,7 +31,7 @@ def run(tmp_path, monkeypatch):
 def test_the_readme_runs(run):
     names = run(README)
     assert torch.allclose(names["probs"].sum(-1), torch.ones(200))
-    kept = torch.cat([m.flatten() for m in names["masks"].values()]).mean()
+    kept = torch.cat([m.flatten() for m in names["result"].masks.values()]).mean()
     assert float(kept) == 0.5
     assert names["results"]["norms"].norms().shape == (200,)
 

@@ -155,8 +155,14 @@ class Backprop:
         delivery.finish()
 
     def _pass(self, columns: Tensor, arrive: Callable[[Node, Arrived], None], *, together: bool) -> None:
-        """One backward pass of `(K, N, *, C)`: all at once under vmap, which a single one does without."""
-        count = len(columns)
+        """One backward pass of `(K, N, *, C)`: all at once under vmap, which a single one does without.
+
+        None is needed where the output comes right from the last parameter, as for the last layer alone.
+        """
+        count, top, number = len(columns), self.output.grad_fn, self.output.output_nr
+        if top is not None and self.requested == [top] and set(self.layouts[top]) == {number}:
+            arrive(top, {number: columns.detach()})
+            return
 
         def prehook(node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
             def hook(cotangents: tuple[Tensor | None, ...]) -> None:

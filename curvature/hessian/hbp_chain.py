@@ -127,7 +127,9 @@ def _flattened(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Nested `nn.Sequential` opened, without a batch to look at anything else."""
     if type(module).forward is not nn.Sequential.forward:
         return [(name, module)]
-    parts = [_flattened(f"{name}.{n}" if name else n, child) for n, child in module.named_children()]
+    # one activation may stand in several places, of which named_children() gives the first alone
+    children = [(n, child) for n, child in module.named_modules(remove_duplicate=False) if n and "." not in n]
+    parts = [_flattened(f"{name}.{n}" if name else n, child) for n, child in children]
     return [pair for part in parts for pair in part]
 
 

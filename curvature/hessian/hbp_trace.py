@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.capture.forward import canonical, forward
 from lapkit.curvature.capture.self_check import TOLERANCE, check_examples_apart
 from lapkit.curvature.hessian.hbp_chain import REMEDY, Stage, stages_of
@@ -205,7 +206,7 @@ class Tracer:
                 warnings.warn(
                     f"Module {stage} cannot be differentiated in a batch of columns; columns go one by one, which is "
                     "slower but exact.",
-                    stacklevel=2,
+                    stacklevel=callers_level(),
                 )
             if isinstance(link, SkipLink):
                 self._check_columns(stage.inner, link.inner, to_input=True)

@@ -340,7 +340,7 @@ class NetworkJacobian(Jacobian):
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
         pieces = zip(self.parts, vectors.split(self.sizes), strict=True)
-        return torch.stack([part.project(v) for part, v in pieces]).sum(0)
+        return reduce(torch.add, (part.project(v) for part, v in pieces))
 
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """See `Jacobian.pull_back`."""

@@ -261,6 +261,8 @@ class OuterProduct(LayerJacobian):
     def project(self, vectors: Tensor) -> Tensor:
         """See `Jacobian.project`."""
         matrix = self._as_matrix(vectors)  # (G, O, I, R)
+        if self.a.shape[1] == 1 and self._factors_are_cheaper(vectors.shape[1]):
+            return self._project_position(matrix)
         out = self.g.new_empty(*self.shape[:2], vectors.shape[1])
         if not self._factors_are_cheaper(vectors.shape[1]):
             for part, expanded in self._expanded(beside=vectors.shape[1]):
@@ -271,6 +273,15 @@ class OuterProduct(LayerJacobian):
             mapped = torch.einsum("ntgi,goir->ntgor", self.a[part], matrix)
             out[:, part] = torch.einsum("kntgo,ntgor->knr", self.g[:, part], mapped)
         return out
+
+    def _project_position(self, matrix: Tensor) -> Tensor:
+        """For one position: the vectors `(G, O, I, R)` are multiplied as they stand, in whatever order."""
+        a, g = self._whole[:, 0].transpose(0, 1), self.g[:, :, 0].flatten(2).transpose(0, 1)  # (G, N, I), (N, K, G O)
+        found = []
+        for part in self.parts(matrix[:, :, 0].numel(), cached=matrix.shape[3] < FEW):
+            mapped = (a[:, None, part] @ matrix).flatten(0, 1)  # (G O, n, R)
+            found.append(g[part] @ mapped.transpose(0, 1))
+        return (torch.cat(found) if len(found) > 1 else found[0]).transpose(0, 1)
 
     def pull_back(self, cotangent: Tensor) -> Tensor:
         """See `Jacobian.pull_back`."""

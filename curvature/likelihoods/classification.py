@@ -178,7 +178,7 @@ class Categorical(Likelihood):
         log_q = log_p.flip(-1).logcumsumexp(-1).flip(-1)
         c = torch.arange(f.shape[-1], device=f.device)
         k = c[:-1][columns]
-        here, tail, rest = log_p[..., k], log_q[..., k], log_q[..., k + 1]
+        here, tail, rest = log_p[..., :-1][..., columns], log_q[..., :-1][..., columns], log_q[..., 1:][..., columns]
         at_k = torch.exp((here + rest - tail) / 2)[..., None]  # (N, K, 1)
         after = -torch.exp(log_p[..., None, :] + ((here - tail - rest) / 2)[..., None])  # (N, K, C)
         root = torch.where(c > k[:, None], after, torch.where(c == k[:, None], at_k, 0.0))

@@ -62,7 +62,7 @@ class BlockDiagonal(SymmetricOperator):
         return torch.stack([b.shifted_logdet(d) for b, d in self._pieces(delta)]).sum()
 
     def _logdet_ratio(self, delta: Tensor) -> Tensor:
-        return torch.stack([b.logdet_ratio(d) for b, d in self._pieces(delta)]).sum()
+        return torch.stack([b._logdet_ratio(d) for b, d in self._pieces(delta)]).sum()
 
     @property
     def groups(self) -> list[int]:

@@ -11,7 +11,21 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.jacobian import Jacobian
+from lapkit.curvature.memory import chunk_length
+from lapkit.curvature.operators.graded import (
+    UNBEARABLE,
+    cleared,
+    log_det_one_plus,
+    numerical_rank,
+    pivoted_cholesky,
+    rounding,
+)
+from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
 from lapkit.curvature.operators.operator import SymmetricOperator, logdet_from_one
+from lapkit.curvature.operators.triangular import inverse_of_lower
+
+NEAR = 2**23  # bytes of an expanded Jacobian that is made and read at once
+FEW = 4  # rows of a Jacobian for which a matrix of as many times more rows is not inverted
 
 
 @final
@@ -22,6 +36,7 @@ class Dense(SymmetricOperator):
     Args:
         matrix: symmetric, `(P, P)`.
         source: the operator that this one was converted from, with which it shares the eigenvalues.
+        memo: the first log determinant asked for, by the number that was added to the diagonal.
 
     Example:
         >>> import torch
@@ -31,6 +46,7 @@ class Dense(SymmetricOperator):
 
     matrix: Tensor
     source: Dense | None = field(default=None, repr=False)
+    memo: dict[float, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def size(self) -> int:
@@ -57,16 +73,36 @@ class Dense(SymmetricOperator):
         return factor
 
     @cached_property
-    def eigenvalues(self) -> Tensor:
-        """The spectrum, ascending; computed once, whatever the number of shifts tried."""
-        return self._spectrum.to(self.matrix)
+    def inverse_cholesky(self) -> Tensor:
+        """`R = L^{-1}`, lower triangular, without derivatives."""
+        return inverse_of_lower(self.cholesky)
 
     @cached_property
-    def _spectrum(self) -> Tensor:
-        """The eigenvalues in float64, which operators of another type or device share."""
+    def eigenvalues(self) -> Tensor:
+        """The spectrum, ascending; computed once, whatever the number of shifts tried."""
+        return self.spectrum.to(self.matrix)
+
+    @cached_property
+    def spectrum(self) -> Tensor:
+        """The eigenvalues in float64, which operators of another type or device share, without round-off.
+
+        As many are lost in the round-off of the type that the matrix was made in as its rank is short of P.
+        """
         if self.source is not None:
-            return self.source._spectrum
-        return torch.linalg.eigvalsh(self.matrix.double()).clamp_min(0)
+            return self.source.spectrum.to(self.device)
+        values = torch.linalg.eigvalsh(self.matrix.double())
+        kept = numerical_rank(self.matrix, self._rounding)
+        lost = torch.arange(self.size, device=self.device) < self.size - kept
+        return cleared(values, lost, self._eps * self.matrix.diagonal().double().mean().reshape(1)).clamp_min(0)
+
+    @property
+    def _eps(self) -> float:
+        """Round-off of the type that the matrix was made in."""
+        return torch.finfo((self.source or self).dtype).eps
+
+    @property
+    def _rounding(self) -> float:
+        return rounding(self.size, self._eps)
 
     def diagonal(self) -> Tensor:
         """See `SymmetricOperator.diagonal`."""
@@ -89,23 +125,59 @@ class Dense(SymmetricOperator):
     def _logdet_ratio(self, delta: Tensor) -> Tensor:
         """`log det(I + D^{-1/2} A D^{-1/2})`, whose eigenvalues are at least one however far the shifts are apart."""
         delta = delta.double()  # in float64 the quotient of a large entry and a tiny shift is finite, and its gradient
+        digits = max(self._rounding, 1 / UNBEARABLE)
+        lost = bool((digits * self.matrix.diagonal().double() >= delta).any())  # of the shift, in the sum
         if delta.ndim == 0:
-            return (self.eigenvalues.double() / delta).log1p().sum().to(self.dtype)
-        root = delta.rsqrt()
-        eye = torch.eye(self.size, dtype=delta.dtype, device=self.device)
-        return logdet_from_one(root[:, None] * self.matrix.double() * root + eye).to(self.dtype)
+            ratio = log_det_ratio_of(self.spectrum, delta) if lost else self._ratio_of_one(delta)
+        elif lost:
+            ratio = log_det_one_plus(delta.reciprocal(), self._root)
+        else:
+            root = delta.rsqrt()
+            ratio = logdet_from_one(_plus_one(root[:, None] * self.matrix.double() * root))
+        return ratio.to(self.dtype)
+
+    def _ratio_of_one(self, delta: Tensor) -> Tensor:
+        """For the first number asked for, by a Cholesky factor; others by the eigenvalues, which take four times that.
+
+        One number is often asked for again, and is kept.
+        """
+        shared, number = self.source or self, float(delta.detach())
+        if number in shared.memo and not (delta.requires_grad or self.matrix.requires_grad):
+            return shared.memo[number].to(self.device)
+        if shared.memo or "spectrum" in vars(shared):
+            return log_det_ratio_of(self.spectrum, delta)
+        found = logdet_from_one(_plus_one(self.matrix.to(torch.float64, copy=True).div_(delta)))
+        shared.memo[number] = found.detach().to(shared.device)
+        return found
+
+    @cached_property
+    def _root(self) -> Tensor:
+        """`V` with `V V^T` the matrix without round-off, in float64."""
+        shared = self.source or self
+        return pivoted_cholesky(shared.matrix, self._rounding).to(self.device)
 
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""
         return Dense(self.matrix * factor)
 
     def inverse_quadratic(self, jacobian: Jacobian) -> Tensor:
-        """`|L^{-1} J^T|^2`; a full matrix leaves nothing to factor, so the Jacobian is expanded."""
-        columns, examples, _ = jacobian.shape
-        rows = jacobian.to_dense().transpose(0, 1).flatten(0, 1)  # (N K, P)
-        half = torch.linalg.solve_triangular(self.cholesky, rows.T, upper=False).T
-        half = half.unflatten(0, (examples, columns))
-        return half @ half.mT
+        """`|L^{-1} J^T|^2`, for as many examples at a time as leave little beside the matrix itself."""
+        columns, examples, size = jacobian.shape
+        step = chunk_length(examples, columns * size * self.matrix.element_size(), NEAR)
+        parts = [slice(start, min(start + step, examples)) for start in range(0, examples, step)]
+        few = FEW * columns * examples < size and "inverse_cholesky" not in vars(self)
+        halves = self._by_solving if few or self.cholesky.requires_grad else self._by_inverse
+        return torch.cat([_gram(halves(jacobian.select(part))) for part in parts])
+
+    def _by_solving(self, jacobian: Jacobian) -> Tensor:
+        """`J L^{-T}`, `(N, K, P)`, by the expanded Jacobian."""
+        rows = jacobian.to_dense().transpose(0, 1)
+        half = torch.linalg.solve_triangular(self.cholesky, rows.flatten(0, 1).T, upper=False).T
+        return half.unflatten(0, rows.shape[:2])
+
+    def _by_inverse(self, jacobian: Jacobian) -> Tensor:
+        """The same by products of the Jacobian's factors with `L^{-1}`: for a layer, K times fewer."""
+        return jacobian.project(self.inverse_cholesky.T).transpose(0, 1)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Dense:
         return Dense(function(self.matrix), self.source or self)
@@ -114,7 +186,7 @@ class Dense(SymmetricOperator):
         return Dense(self.matrix + other.matrix) if isinstance(other, Dense) else super()._add(other)
 
     def _shift(self, delta: Tensor) -> Dense:
-        return Dense(self.matrix + torch.diag_embed(delta.expand(self.size)))
+        return Dense(self.matrix.diagonal_scatter(self.matrix.diagonal() + delta))
 
     def _matmul(self, vectors: Tensor) -> Tensor:
         return self.matrix @ vectors
@@ -124,3 +196,14 @@ class Dense(SymmetricOperator):
 
     def _inverse_root_transpose(self, vectors: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.cholesky.T, vectors, upper=True)
+
+
+def _plus_one(matrix: Tensor) -> Tensor:
+    """`I + A`, in the place of A."""
+    matrix.diagonal().add_(1)
+    return matrix
+
+
+def _gram(half: Tensor) -> Tensor:
+    """Products of the rows of each example, `(N, K, P)` to `(N, K, K)`."""
+    return half @ half.mT

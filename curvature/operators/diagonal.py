@@ -9,6 +9,7 @@ from typing import final
 from torch import Tensor
 
 from lapkit.curvature.jacobians.jacobian import Jacobian
+from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
 from lapkit.curvature.operators.operator import SymmetricOperator
 
 
@@ -50,8 +51,7 @@ class Diagonal(SymmetricOperator):
         return self.values.log().sum()
 
     def _logdet_ratio(self, delta: Tensor) -> Tensor:
-        """In float64, where the quotient of a large entry and a tiny shift is finite."""
-        return (self.values.double() / delta.double()).log1p().sum().to(self.dtype)
+        return log_det_ratio_of(self.values, delta).to(self.dtype)
 
     def scale(self, factor: Tensor | float) -> Diagonal:
         """See `SymmetricOperator.scale`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.jacobian import Jacobian, LayerJacobian
+from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
 from lapkit.curvature.operators.operator import SymmetricOperator, symmetric_eigh
 
 NOT_CLOSED = (
@@ -82,11 +83,10 @@ class Kronecker(SymmetricOperator):
         return self.values.log().sum()
 
     def _logdet_ratio(self, delta: Tensor) -> Tensor:
-        """By eigenvalues, in float64, where the quotient of a large one and a tiny shift is finite."""
-        shift = self._rotated(delta).double()
-        ratio = (self.values.double() / shift).log1p().sum()
+        shift = self._rotated(delta)
+        ratio = log_det_ratio_of(self.values, shift)
         if delta.ndim:
-            ratio = ratio + shift.log().sum() - delta.double().log().sum()
+            ratio = ratio + shift.double().log().sum() - delta.double().log().sum()
         return ratio.to(self.dtype)
 
     def scale(self, factor: Tensor | float) -> Kronecker:

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 from lapkit.curvature.jacobians.conversion import converted, floating_type
 from lapkit.curvature.jacobians.jacobian import Jacobian
 from lapkit.curvature.memory import chunk_length, default_budget
+from lapkit.curvature.operators.graded import UNBEARABLE, log_det_one_plus
+from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
 from lapkit.curvature.operators.operator import SymmetricOperator, logdet_from_one, spread
 
 LARGEST = 1e7  # entries of `I + ...` beyond which fewer than nine digits of the identity are left
@@ -181,10 +183,21 @@ class Woodbury(SymmetricOperator):
         return ratio.to(self.dtype)
 
     def _shifted_ratio(self, offset: Tensor) -> Tensor:
-        """`log det(I + factor V^T diag(offset)^{-1} V)`; O(R) for one number, once the eigenvalues are known."""
-        if offset.ndim == 0:
-            return (self.eigenvalues / offset).log1p().sum()
-        return logdet_from_one(self._middle(offset.reciprocal()))
+        """`log det(I + factor V^T diag(offset)^{-1} V)`; O(R) for one number, once the eigenvalues are known.
+
+        Where the curvature exceeds the offset by more orders of magnitude than a sum of both can hold, from V itself.
+
+        Raises:
+            ValueError: if there is no room to write V out then, or V itself has too few digits.
+        """
+        if self.rank == 0:
+            return offset.sum() * 0
+        middle = self._middle(offset.reciprocal()) if offset.ndim else None
+        largest = self.eigenvalues[-1] / offset if middle is None else middle.diagonal().max()
+        if largest > UNBEARABLE and not self._like.requires_grad:  # as of columns that were computed with a graph
+            self._check_room()
+            return log_det_one_plus(self._scale * self._each(offset.reciprocal()), self._written())
+        return log_det_ratio_of(self.eigenvalues, offset) if middle is None else logdet_from_one(middle)
 
     def _shifted(self, delta: Tensor) -> Tensor:
         """The offset after a shift: a number, one for each group or one for each weight, whatever both allow."""
@@ -320,16 +333,24 @@ class Woodbury(SymmetricOperator):
         Raises:
             ValueError: if there is no room to write the columns out.
         """
+        self._check_room()
+        columns = (self._scale * self._each(self._inverse_offset)).sqrt()[:, None] * self._written()
+        left, singular, right = torch.linalg.svd(columns, full_matrices=False)
+        return Whitened(left, singular, right.mT)
+
+    def _check_room(self) -> None:
+        """Refuse to write out more than there is room for.
+
+        Raises:
+            ValueError: if there is not.
+        """
         needed = 3 * 8 * self.size * self.rank
         if needed > 2 * default_budget(self.device):
             raise ValueError(
                 f"The curvature exceeds the prior precision by more than {LARGEST:g} times; to keep enough digits, "
-                f"the {self.size} x {self.rank} columns have to be orthogonalised, which takes {needed / 2**30:.3g} "
+                f"the {self.size} x {self.rank} columns have to be factored, which takes {needed / 2**30:.3g} "
                 "GiB. Use a larger prior precision, a rank, or fewer weights."
             )
-        columns = (self._scale * self._each(self._inverse_offset)).sqrt()[:, None] * self._written()
-        left, singular, right = torch.linalg.svd(columns, full_matrices=False)
-        return Whitened(left, singular, right.mT)
 
     def _middle(self, inverse: Tensor) -> Tensor:
         """`I + factor V^T diag(inverse) V`, `(R, R)`, in float64."""

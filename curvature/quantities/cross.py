@@ -73,20 +73,19 @@ class OwnBlock:
                 outer = inputs[:, start : start + width, None] * inputs[:, None, start:]
                 stripe.addmm_(products.T, outer.flatten(1))
 
-    def to_dense(self) -> Tensor:
-        """The block, `(O I, O I)`, weights in the order in which they are stored."""
-        (one, two), o, i = self.pairs, self.outputs, self.inputs
-        like = self.stripes[0]
-        out = like.new_empty(i, o, i, o).permute(1, 3, 0, 2) if self.transposed else like.new_empty(o, i, o, i)
-        four = out if self.transposed else out.permute(0, 2, 1, 3)  # (O, O, I, I)
+    def add_to(self, block: Tensor) -> None:
+        """Add it in place to a matrix `(O I, O I)`, weights in the order in which they are stored."""
+        shape = (self.inputs, self.outputs) if self.transposed else (self.outputs, self.inputs)
+        boxed = block.unflatten(1, shape).unflatten(0, shape)
+        four = boxed.permute(1, 3, 0, 2) if self.transposed else boxed.permute(0, 2, 1, 3)  # (O, O, I, I)
+        one, two = self.pairs
+        apart = one != two
         for start, stripe in zip(self.starts, self.stripes, strict=True):
-            found = stripe.unflatten(1, (-1, i - start))
+            found = stripe.unflatten(1, (-1, self.inputs - start))
             here = slice(start, start + found.shape[1])
-            below = found[:, :, found.shape[1] :].mT
-            for row, column in ((one, two), (two, one)):
-                four[row, column, here, start:] = found
-                four[row, column, here.stop :, here] = below
-        return (four.permute(2, 0, 3, 1) if self.transposed else four.permute(0, 2, 1, 3)).reshape(o * i, o * i)
+            for row, column, part in ((one, two, found), (two[apart], one[apart], found[apart])):
+                four[row, column, here, start:] += part
+                four[row, column, here.stop :, here] += part[:, :, found.shape[1] :].mT
 
 
 OwnBlocks = dict[int, OwnBlock]  # by where the parameters' weights begin
@@ -137,7 +136,7 @@ def mirrored(total: Tensor, sizes: Sequence[int], own: OwnBlocks | None = None) 
     full, start = total.clone(), 0
     for begin, block in (own or {}).items():
         place = slice(begin, begin + block.outputs * block.inputs)
-        full[place, place] += block.to_dense()
+        block.add_to(full[place, place])
     for size in sizes:
         start += size
         full[start:, start - size : start] = total[start - size : start, start:].T

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from itertools import accumulate
 from typing import ClassVar, final
@@ -17,7 +18,7 @@ from torch import Tensor
 from lapkit.curvature.columns.columns import Columns
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
 from lapkit.curvature.likelihoods.likelihood import Likelihood
-from lapkit.curvature.memory import default_budget
+from lapkit.curvature.memory import available
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.dense import Dense
 from lapkit.curvature.operators.diagonal import Diagonal
@@ -211,10 +212,14 @@ class GGNBlocks(Quantity):
     Args:
         parameters: the weights.
         columns: which curvature H is, if not that of the call.
+
+    Raises:
+        ValueError: if they would not fit into the memory that is free.
     """
 
     def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
         super().__init__(parameters, columns=columns)
+        check_matrices_fit(parameters, parameters.sizes, "The blocks")
         self.sums: dict[str, Tensor] = {}
 
     def update(self, name: str, jacobian: LayerJacobian, *, first: bool) -> None:
@@ -252,7 +257,7 @@ class GGNDense(Quantity):
 
     def __init__(self, parameters: Parameters, *, columns: Columns | None = None) -> None:
         super().__init__(parameters, columns=columns)
-        check_matrix_fits(parameters)
+        check_matrices_fit(parameters, [parameters.numel], "The full matrix")
         self.total: Tensor | None = None
         self.own: OwnBlocks = {}
         self.jacobians: dict[str, LayerJacobian] = {}
@@ -280,16 +285,23 @@ class GGNDense(Quantity):
         return DenseSum(self.shapes, {"matrix": total}, self.count, self.about)
 
 
-def check_matrix_fits(parameters: Parameters) -> None:
-    """Refuse a full matrix over weights that are too many.
+def check_matrices_fit(parameters: Parameters, sizes: Sequence[int], what: str) -> None:
+    """Refuse dense matrices over weights that are too many.
+
+    Args:
+        parameters: the weights.
+        sizes: how many of them each matrix is over.
+        what: the matrices are, for the message.
 
     Raises:
-        ValueError: if it would not fit into the memory that is free.
+        ValueError: if they and their factors would not fit into the memory that is free.
     """
-    needed = parameters.numel**2 * max(parameters.dtype.itemsize, 4)
-    if needed > 4 * default_budget(parameters.device):
+    needed = sum(size**2 for size in sizes) * max(parameters.dtype.itemsize, 4)
+    free = available(parameters.device)
+    if 2 * needed > free:
         raise ValueError(
-            f"The full matrix over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, more than is "
-            "free. Choose a smaller structure (GGNKronecker or GGNDiagonal; hessian_structure='kron' or 'diag' of "
-            "Laplace), or fewer weights (parameters=[...]; subset_of_weights='last_layer' of Laplace)."
+            f"{what} over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, and as much again for the "
+            f"factorisation: more than the {free / 2**30:.1f} GiB that are free. Choose a smaller structure "
+            "(GGNKronecker or GGNDiagonal; hessian_structure='kron' or 'diag' of Laplace), or fewer weights "
+            "(parameters=[...]; subset_of_weights='last_layer' of Laplace)."
         )

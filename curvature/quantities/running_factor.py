@@ -8,11 +8,11 @@ from itertools import accumulate
 from typing import final
 
 import torch
-from scipy.linalg.lapack import dpstrf
 from torch import Tensor
 
 from lapkit.curvature.jacobians.conversion import converted
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, NetworkJacobian
+from lapkit.curvature.operators.graded import pivoted_cholesky
 from lapkit.curvature.operators.low_rank import compressed, gram
 from lapkit.curvature.operators.operator import symmetric_eigh
 from lapkit.curvature.quantities.cross import add_blocks, mirrored
@@ -148,20 +148,12 @@ def root(matrix: Tensor, rank: int | None = None) -> Tensor:
     """Columns whose products are a positive semi-definite matrix, `(P, P)`, or the nearest matrix of lower rank.
 
     Eigenvectors are for those that select; all columns come from a Cholesky factor with pivots, for a twentieth of the
-    time and more. It stops where no pivot exceeds rounding, and is zero from there on: rounding relative to the
-    diagonal of the same row, as weights with small curvature are no less determined than those with large.
+    time and more. It stops where no pivot exceeds rounding, and is zero from there on.
     """
     if rank is not None:
         values, vectors = symmetric_eigh(matrix)
         return (vectors * values.sqrt()).flip(1)[:, :rank]
-    scale = matrix.diagonal().double().clamp_min(0).sqrt()
-    if not scale.isfinite().all():
+    if not matrix.diagonal().isfinite().all():
         return matrix  # nothing to be found: a result refuses such numbers
-    inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
-    scaled = inverse[:, None] * matrix.double() * inverse
-    lower, order, pivots, _ = dpstrf(scaled.cpu().numpy(), lower=1, tol=torch.finfo(matrix.dtype).eps)
-    columns = torch.from_numpy(lower).tril()
-    columns[:, pivots:] = 0
-    out = torch.empty_like(columns)
-    out[torch.from_numpy(order).long() - 1] = columns
-    return (scale[:, None] * out.to(scale)).to(matrix)
+    columns = pivoted_cholesky(matrix, torch.finfo(matrix.dtype).eps)
+    return torch.nn.functional.pad(columns, (0, len(matrix) - columns.shape[1])).to(matrix)

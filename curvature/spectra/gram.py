@@ -49,7 +49,7 @@ def inner_sums(
 
     Args:
         factors: what is sent back; the model is borrowed.
-        backprop: the pass of all examples.
+        backprop: the pass of all examples, or of the part if gradients are not wanted.
         groups: each parameter in one.
 
     Returns:
@@ -59,7 +59,7 @@ def inner_sums(
     many = {label: group for label, group in groups.items() if label not in few}
     found: dict[str, GramSum | WrittenOut] = {}
     if few:
-        part = factors.network.backprop(factors.part) if factors.separate else backprop
+        part = factors.network.backprop(factors.part) if _two_batches(factors) else backprop
         for label, group in few.items():
             columns = _rows(part, factors.in_part(factors.columns), group)[:, factors.places].flatten(0, 1)
             residuals = factors.residuals
@@ -70,6 +70,11 @@ def inner_sums(
         names = {name for group in many.values() for name in group.names}
         found |= gram_sums(factors, restricted(backprop, names) if few else backprop, many)
     return {label: found[label] for label in groups}
+
+
+def _two_batches(factors: Factors) -> bool:
+    """Whether gradients come from other examples than columns."""
+    return factors.separate and factors.residuals is not None
 
 
 def _rows(backprop: Backprop, columns: Tensor, group: Parameters) -> Tensor:
@@ -89,7 +94,7 @@ def gram_sums(factors: Factors, backprop: Backprop, groups: Mapping[str, Paramet
 
     Args:
         factors: what is sent back; the model is borrowed.
-        backprop: the pass of all examples.
+        backprop: the pass of all examples, or of the part if gradients are not wanted.
         groups: each parameter in one.
 
     Returns:
@@ -99,7 +104,7 @@ def gram_sums(factors: Factors, backprop: Backprop, groups: Mapping[str, Paramet
         Dangel et al., ViViT, 2022, section 3 and appendix C.1.
     """
     label_of = {name: label for label, group in groups.items() for name in group.names}
-    if factors.separate:
+    if _two_batches(factors):
         return _of_two_batches(factors, backprop, label_of)
     return _of_one_batch(factors, backprop, label_of)
 
@@ -138,13 +143,13 @@ def _parts(total: Tensor, count: int, factors: Factors) -> GramSum:
 
 def _of_two_batches(factors: Factors, backprop: Backprop, label_of: Mapping[str, str]) -> dict[str, GramSum]:
     """Gradients of all examples, kept in factored form, meet the columns of some."""
+    assert factors.residuals is not None
     like, size = summable(factors.columns), len(factors.columns) * len(factors.index)
     labels = dict.fromkeys(label_of.values())
     matrices = {label: like.new_zeros(size, size) for label in labels}
     products = {label: like.new_zeros(size, len(factors.batch)) for label in labels}
     kept: dict[str, LayerJacobian] = {}
-    if factors.residuals is not None:
-        deliver(backprop, factors.residuals[None], kept.__setitem__)
+    deliver(backprop, factors.residuals[None], kept.__setitem__)
 
     def add(names: list[str], jacobians: list[LayerJacobian]) -> None:
         label = label_of[names[0]]
@@ -156,5 +161,4 @@ def _of_two_batches(factors: Factors, backprop: Backprop, label_of: Mapping[str,
     layers = Layers(add, label_of.__getitem__)
     deliver(factors.network.backprop(factors.part), factors.columns, layers)
     layers.flush()
-    wanted = factors.residuals is not None
-    return {label: GramSum(matrices[label], products[label] if wanted else None) for label in labels}
+    return {label: GramSum(matrices[label], products[label]) for label in labels}

@@ -17,7 +17,7 @@ from lapkit.choices import STRUCTURES
 from lapkit.curvature import GGN, Columns, EmpiricalFisher, MonteCarloGGN
 from lapkit.curvature.quantities.ekfac import EigenvalueSum
 from lapkit.curvature.quantities.kfac import KroneckerSum
-from lapkit.curvature.quantities.quantity import DenseSum, DiagonalSum, check_matrix_fits
+from lapkit.curvature.quantities.quantity import DenseSum, DiagonalSum, check_matrices_fit
 
 KINDS: dict[type[Columns], tuple[str, str]] = {  # the operator of the matrix, the type of the factors
     GGN: ("GGNLinearOperator", "type-2"),
@@ -74,7 +74,7 @@ def corrected(problem: Problem, batches: Sequence[Batch]) -> dict[str, Tensor]:
 
 def matrix(problem: Problem, batches: Sequence[Batch]) -> dict[str, Tensor]:
     """The matrix, one product for each weight."""
-    check_matrix_fits(problem.parameters)
+    check_matrices_fit(problem.parameters, [problem.parameters.numel], "The full matrix")
     p = problem.parameters
     found = _operator(KINDS[type(problem.columns)][0], problem, batches)
     return {"matrix": problem.scale * (found @ torch.eye(p.numel, dtype=p.dtype, device=p.device))}

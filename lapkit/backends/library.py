@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lapkit.backends.backend import Backend
 from lapkit.backends.losses import check_targets, loss_of
+from lapkit.choices import CURVATURES, STRUCTURES
 from lapkit.curvature import GGN, Columns, EmpiricalFisher, Likelihood, MonteCarloGGN, Parameters, Subnetwork, borrowed
 from lapkit.curvature.accumulate import EMPTY, Totals
 from lapkit.curvature.capture.forward import ForwardFunction, forward
@@ -122,9 +123,12 @@ class Library(Backend):
         loss_of(likelihood, self.name)
         kernel = self.kernels.get(structure)
         if kernel is None or type(columns) not in kernel.columns or not _plain(columns):
-            offers = [f"{k.title!r} of {', '.join(c.__name__ for c in k.columns)}" for k in self.kernels.values()]
+            names = {type(own): repr(name) for name, own in CURVATURES.items()}
+            offers = [f"{k.title!r} of {', '.join(names[c] for c in k.columns)}" for k in self.kernels.values()]
+            asked = names[type(columns)] if _plain(columns) else described(columns)
+            form = {own: repr(name) for name, own in STRUCTURES.items()}.get(structure, str(structure))
             raise ValueError(
-                f"{self.name} does not compute {described(columns)} in this structure. It computes "
+                f"{self.name} does not compute the curvature {asked} in the structure {form}. It computes "
                 f"{'; '.join(offers)}. backend='lapkit' computes every structure of every curvature."
             )
 

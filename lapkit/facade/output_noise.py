@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature import Likelihood, PerOutputGaussian
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.inputs import numbered, to_device, unpack
 from lapkit.facade.functions import Functions
 from lapkit.posteriors import Fit, GaussianPrior
@@ -92,7 +93,7 @@ def tune_output_noise(
             la.prior = tune(la.fitted, la.likelihood, la.prior).prior
         residuals, old = _residuals(la, data), _noise(la)
         new = residuals.better(old).clamp(*bounds)
-        la.likelihood = PerOutputGaussian(new)
+        la._likelihood = PerOutputGaussian(new)  # of another fit, which follows
         la.fit(data)
         change = float((new / old).log().abs().max())
         if change < TOLERANCE:
@@ -147,5 +148,5 @@ def _warn(noise: Tensor, residuals: _Residuals, bounds: tuple[float, float]) -> 
             f"Tuned noises may mean nothing: {', '.join(listed)}, for {residuals.count:g} targets each. A network that "
             "reproduces its targets shows no noise. Set the noise from held-out residuals, or tune it during training, "
             "by lapkit.marglik.marglik_training.",
-            stacklevel=4,
+            stacklevel=callers_level(),
         )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+
 import torch
 from torch import Tensor
 
-from lapkit.curvature import SymmetricOperator
+from lapkit.curvature import Likelihood, SymmetricOperator
 from lapkit.facade.fitting import Fitting
 from lapkit.posteriors import (
+    Fit,
     GaussianPosterior,
     GaussianPrior,
     laplace_posterior,
@@ -19,6 +24,40 @@ from lapkit.posteriors import (
 
 class Posterior(Fitting):
     """What fit, prior, noise and temperature make together; asking does not change anything."""
+
+    _fit: Fit | None = None  # before the constructor sets likelihood and temperature
+    _likelihood: Likelihood
+    _temperature: float
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Of the targets. After a fit only its noise can be set, as the curvature is that of this likelihood."""
+        return self._likelihood
+
+    @likelihood.setter
+    def likelihood(self, value: Likelihood) -> None:
+        if not isinstance(value, Likelihood):
+            raise TypeError(
+                f"Expected a Likelihood object, such as lapkit.curvature.Categorical(), got {type(value).__name__} "
+                f"{value!r:.80}. Names are for the constructor."
+            )
+        if self._fit is not None and not same_but_noise(value, self._likelihood_of_fit):
+            raise ValueError(
+                f"The curvature is that of {self._likelihood_of_fit}, which was fitted; got {value}. Make another "
+                "Laplace with this likelihood and fit it. The size of the noise alone is set by la.sigma_noise."
+            )
+        self._likelihood = value
+
+    @property
+    def temperature(self) -> float:
+        """Of the likelihood, `p(y|f)^(1/T)`."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        if isinstance(value, str | bool) or not 0 < value < math.inf:
+            raise ValueError(f"The temperature must be positive and finite, got {value!r}.")
+        self._temperature = value
 
     @property
     def posterior(self) -> GaussianPosterior:
@@ -55,7 +94,7 @@ class Posterior(Fitting):
 
     @sigma_noise.setter
     def sigma_noise(self, value: float | Tensor) -> None:
-        self.likelihood = self.likelihood.with_noise(value)
+        self._likelihood = self.likelihood.with_noise(value)
 
     @property
     def n_params(self) -> int:
@@ -141,9 +180,21 @@ class Posterior(Fitting):
         prior = self.prior if prior_precision is None else GaussianPrior(prior_precision, self.prior.mean)
         likelihood = self.likelihood if sigma_noise is None else self.likelihood.with_noise(sigma_noise)
         found = log_evidence(self.fitted, likelihood, prior, self.temperature)
-        if not torch.isfinite(found.detach()):
+        if not math.isfinite(found.detach()):
             raise ValueError(
                 f"The evidence is {float(found.detach())}: prior precision, noise or temperature are so extreme that "
                 f"their quotients leave the range of {found.dtype}. Take others, or a model in float64."
             )
         return found
+
+
+def same_but_noise(one: Likelihood, two: Likelihood) -> bool:
+    """Whether two likelihoods have one loss, so that a fit of the one is a fit of the other."""
+    if one is two or type(one) is not type(two):
+        return one is two
+    if not is_dataclass(one) or not is_dataclass(two):
+        return False
+    with suppress(ValueError):  # where there is no noise
+        one, two = one.with_noise(1.0), two.with_noise(1.0)
+    pairs = [(getattr(one, f.name), getattr(two, f.name)) for f in fields(one)]
+    return all(torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs)

@@ -42,6 +42,7 @@ class Storage(Fitting):
                 trained since, or functions that a setting holds (such as `forward_fn`) are not this object's own.
         """
         found = Checkpoint.of(state, self.model, self._settings())
+        self._fit = None  # what was fitted is replaced, and with it the likelihood
         for name, value in found.settings.items():
             setattr(self, name, value)
         with torch.inference_mode(False):

@@ -66,7 +66,7 @@ def chain_of(model: nn.Module) -> list[Link]:
 
     Args:
         model: `nn.Sequential` of linear layers, convolutions, batch norms, elementwise activations, pooling, dropout
-            and `nn.Flatten()`, nested if need be.
+            and `nn.Flatten()`, nested if need be; before its first layer `nn.Unflatten`, too.
 
     Returns:
         One link for each layer but the last.
@@ -101,7 +101,7 @@ def _opened(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
         # one activation may stand in several places, of which named_children() gives the first alone
         children = [(n, c) for n, c in module.named_modules(remove_duplicate=False) if n and "." not in n]
         return [f for n, child in children for f in _opened(f"{name}.{n}" if name else n, child)]
-    if type(module) in (*LAYERS, *BATCH_NORMS, *ELEMENTWISE, *INERT, *BY_CHANNEL, nn.Flatten):
+    if type(module) in (*LAYERS, *BATCH_NORMS, *ELEMENTWISE, *INERT, *BY_CHANNEL, nn.Flatten, nn.Unflatten):
         return [(name, module)]
     raise ValueError(
         f"{name or 'The model'} ({type(module).__name__}) is no part of a chain of linear layers, convolutions, batch "
@@ -141,6 +141,8 @@ def _check(link: Link) -> None:
         flattened |= isinstance(module, nn.Flatten)
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1):
             raise ValueError(f"{name} flattens axes {module.start_dim} to {module.end_dim}; only 1 to -1 is known.")
+        if isinstance(module, nn.Unflatten):
+            raise ValueError(f"{name} (Unflatten) regroups the outputs of {link.name}; only inputs may be regrouped.")
         if isinstance(link.layer, nn.Linear) and isinstance(module, BY_CHANNEL):
             raise ValueError(f"{name} ({type(module).__name__}) mixes the outputs of the linear layer {link.name}.")
         if isinstance(module, BATCH_NORMS) and module.num_features != link.outputs:

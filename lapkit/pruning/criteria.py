@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lapkit.choices import choice
+from lapkit.pruning.marginals import marginals
 from lapkit.pruning.quadratic import Quadratic
-from lapkit.pruning.restriction import marginal
 from lapkit.pruning.units import Units
 
 Score = Callable[[Quadratic, Units], Tensor]
@@ -158,8 +158,7 @@ def _marginals(quadratic: Quadratic, units: Units) -> tuple[Tensor, Tensor, Tens
     if units.single:
         variance = quadratic.precision.inverse_diagonal()[units.members]
         return w[units.members].square() / variance, variance.log(), prior
-    found = [marginal(quadratic.precision, group, w[group]) for group in units.groups()]
-    return torch.stack([f[0] for f in found]), torch.stack([f[1] for f in found]), prior
+    return *marginals(quadratic.precision, units.groups(), w), prior
 
 
 CRITERIA: dict[str, Criterion] = {

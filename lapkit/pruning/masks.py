@@ -93,7 +93,10 @@ def apply_masks(model: nn.Module, masks: Scores, *, permanent: bool = False) -> 
         )
     for (module, name), mask in masks.items():
         if module not in own:
-            raise ValueError(f"A mask belongs to a {type(module).__name__} that is not in this model.")
+            raise ValueError(
+                f"A mask belongs to a {type(module).__name__} that is not in this model. For a copy of the model "
+                "use result.apply(copy); result.masks_by_name are those for one that is loaded again."
+            )
         for sharer, attribute in _sharers(model, module, name):
             _apply(sharer, attribute, mask, permanent)
     return model

@@ -56,7 +56,8 @@ def prune(
             once by default.
         compensate: whether the surviving weights make up for the others, as far as the curvature knows how; by default
             as the criterion assumes.
-        floor: the fraction of each layer's units that stays, whatever their scores, and at least one.
+        floor: the fraction of each layer's units (or each row's, where that is the scope) that stays, whatever their
+            scores, and at least one.
         ignore: names of parameters or modules of which no unit goes. They may lose what belongs to a unit of another
             layer, and may make up for others. Of biases and normalisation nothing goes, except as parts of a unit.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lapkit.choices import choice
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.parameters import unwrapped
 from lapkit.pruning.kinds import TRANSPOSED, places_of
 from lapkit.pruning.masks import place
@@ -82,7 +84,7 @@ class Room:
 def room_for(
     sparsity: Sparsity | None, threshold: float | None, scope: str, floor: float, units: Units, quadratic: Quadratic
 ) -> Room:
-    """The limits of a sparsity, for units over whole tensors.
+    """The limits of a sparsity, for units over whole tensors; warns where a floor takes less than was asked for.
 
     Args:
         sparsity: a fraction of the units, or `(n, m)` to keep n of every m weights along the inputs.
@@ -112,7 +114,15 @@ def room_for(
         raise ValueError(f"A sparsity is a fraction in [0, 1), or (n, m), got {sparsity!r}.")
     if pool == "global":
         return Room(pools, most, round(sparsity * len(units)))
-    most = torch.minimum(most, torch.tensor([round(sparsity * n) for n in sizes.tolist()], device=most.device))
+    wanted = torch.tensor([min(round(sparsity * n), max(n - 1, 0)) for n in sizes.tolist()], device=most.device)
+    most = torch.minimum(most, wanted)
+    if (most < wanted).any():
+        warnings.warn(
+            f"The floor {floor:g} keeps {int((wanted - most).sum())} units that a sparsity of {float(sparsity):g} in "
+            f"each {pool} would take: {int(most.sum())} of {len(units)} go, {int(most.sum()) / len(units):.1%}. Ask "
+            "for a lower sparsity, or lower the floor.",
+            stacklevel=callers_level(),
+        )
     return Room(pools, most, int(most.sum()))
 
 

@@ -109,6 +109,29 @@ def test_the_sweep_of_many_separated_examples_ends():
     assert swept_error(p, (p > 0.7).double()) == pytest.approx((0.2 * 0.6 / 0.5 + 0.3 * 0.15 / 0.5), abs=1e-2)
 
 
+def nearly_sorted(count, wrong):
+    """Confidence tells right from wrong but for two neighbours, which only the finest bins tell apart."""
+    outcome = (torch.arange(count) >= wrong).double()
+    outcome[wrong - 1 : wrong + 1] = torch.tensor([1.0, 0.0])
+    return torch.linspace(0.5, 1, count, dtype=torch.float64), outcome
+
+
+@pytest.mark.parametrize("wrong", [1, 2, 7, 20, 39, 40])
+def test_the_sweep_of_nearly_sorted_examples_agrees_with_the_loop(wrong):
+    confidence, outcome = nearly_sorted(41, wrong)
+    assert swept_error(confidence, outcome) == pytest.approx(
+        loop_sweep(confidence.tolist(), outcome.tolist()), abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("wrong", [1, 150_000, 299_999])
+def test_the_sweep_of_many_nearly_sorted_examples_ends(wrong):
+    """The loop over numbers of bins, of which each has as many bins, took minutes."""
+    confidence, outcome = nearly_sorted(300_000, wrong)
+    found = monotone_bins(confidence, outcome)
+    assert 50_000 < found < 300_000
+
+
 def test_less_bias_than_the_plain_error():
     samples = [calibrated(300, seed) for seed in range(100)]
     plain = np.mean([reliability_curve(*s, bins=15, binning="equal_mass").ece for s in samples])

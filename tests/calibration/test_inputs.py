@@ -99,7 +99,9 @@ def test_bad_probabilities_are_refused(score, given, error, words):
 
 
 @pytest.mark.parametrize(("given", "error", "words"), BAD_LABELS.values(), ids=BAD_LABELS.keys())
-@pytest.mark.parametrize("labelled", [accuracy, nll, nll_from_logits, brier, expected_calibration_error])
+@pytest.mark.parametrize(
+    "labelled", [accuracy, nll, lambda p, y: nll_from_logits(p.log(), y), brier, expected_calibration_error]
+)
 def test_bad_labels_are_refused(labelled, given, error, words):
     with pytest.raises(error, match=words):
         labelled(P, given)
@@ -113,6 +115,17 @@ def test_bad_logits_are_refused(values):
         nll_from_logits(P.long(), Y)
     with pytest.raises(ValueError, match=r"shape of logits is \(0, 3\)"):
         nll_from_logits(P[:0], Y[:0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_probabilities_are_refused_where_logits_are_expected(dtype):
+    with pytest.raises(ValueError, match=r"All 3 rows .* these are probabilities, .* probabilities\.log\(\)"):
+        nll_from_logits(P.to(dtype), Y)
+    assert nll_from_logits(P.log(), Y) == pytest.approx(nll(P, Y), abs=1e-12)
+    for fine in (P + 1, P - P[:, :1], P[:1]):  # shifted logits are as good, and one row may be like that by chance
+        assert nll_from_logits(fine, Y[: len(fine)]) == pytest.approx(
+            float(torch.nn.functional.cross_entropy(fine, Y[: len(fine)])), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(
@@ -202,12 +215,12 @@ def test_gradients_are_cut_and_inputs_left_alone(score):
     assert not entropy(leaf).requires_grad
     curve = reliability_curve(leaf, Y)
     assert not curve.confidence.requires_grad
-    assert nll_from_logits(leaf, Y) == nll_from_logits(P, Y)
+    assert nll_from_logits(leaf.log(), Y) == nll_from_logits(P.log(), Y)
 
 
 def test_results_are_python_floats(score):
     assert type(score(P.float(), Y)) is float
-    assert type(nll_from_logits(P, Y)) is float
+    assert type(nll_from_logits(P.log(), Y)) is float
     assert type(auroc(P[0], P[1])) is float
 
 

@@ -32,7 +32,8 @@ from lapkit.calibration import (
     predictive_nll,
     quantile_calibration_error,
 )
-from lapkit.calibration.conformal import ConformalBounds, ConformalIntervals, ConformalSets
+from lapkit.calibration.conformal import ConformalSets
+from lapkit.calibration.conformal_intervals import ConformalBounds, ConformalIntervals
 
 ORACLE = json.loads((Path(__file__).parents[1] / "data" / "calibration.json").read_text())
 
@@ -102,6 +103,18 @@ def test_shifts_scales_and_logarithms_of_logits():
     assert one(odds[:, None]).shape == (len(P), 1)
 
 
+@pytest.mark.parametrize("kind", [TemperatureScaling, VectorScaling])
+def test_probabilities_in_the_place_of_logits(kind):
+    p = LOGITS.softmax(1)
+    with pytest.raises(ValueError, match="these are probabilities, expected logits"):
+        kind.fit(p, Y)
+    with pytest.raises(ValueError, match="these are probabilities, expected logits"):
+        kind.fit(LOGITS, Y)(p)
+    with pytest.warns(UserWarning, match=r"between 0 and 1.*probabilities.logit\(\)") as record:
+        kind.fit(P, (torch.arange(len(P)) % 4 > 0).long())  # so that there is a best temperature
+    assert record[0].filename == __file__
+
+
 def test_zero_probabilities_are_kept_unless_a_label_has_one():
     p = torch.tensor([[0.9, 0.1, 0.0], [0.3, 0.7, 0.0], [0.6, 0.4, 0.0]])
     y = torch.tensor([0, 1, 1])
@@ -167,7 +180,7 @@ def test_separable_classes_warn_and_stay_finite():
     assert record[0].filename == __file__
     assert PlattScaling.fit(scores, y)(scores).numpy() == pytest.approx([0.25, 0.25, 0.75, 0.75], abs=0.1)
     with pytest.warns(UserWarning, match="without bound"):
-        assert VectorScaling.fit(torch.eye(3), torch.arange(3))(torch.eye(3)).isfinite().all()
+        assert VectorScaling.fit(2 * torch.eye(3), torch.arange(3))(2 * torch.eye(3)).isfinite().all()
 
 
 def test_isotonic_is_scikit_learns():
@@ -240,21 +253,21 @@ def test_quantiles_are_recalibrated_to_what_was_observed():
     given = [(mean[half], 0.7) for half in (slice(2000), slice(2000, None))]
     recalibration = QuantileRecalibration.fit(given[0], y[:2000])
     peer = IsotonicRegression(out_of_bounds="clip")
-    u = pit(given[0], y[:2000])[:, 0]
+    u = pit(given[0], y[:2000])
     peer.fit(u.numpy(), stats.rankdata(u.numpy(), method="max") / 2000)
     at = torch.linspace(float(u.min()), float(u.max()), 201)
     # It averages what float64 hardly tells apart, such as the two largest here.
     assert recalibration(at)[:-1].numpy() == pytest.approx(peer.predict(at[:-1].numpy()), abs=1e-12)
     before, after = pit(given[1], y[2000:]), recalibration(pit(given[1], y[2000:]))
-    assert stats.kstest(after[:, 0], "uniform").statistic < 0.03 < pit_distance(given[1], y[2000:])
+    assert stats.kstest(after, "uniform").statistic < 0.03 < pit_distance(given[1], y[2000:])
     assert quantile_calibration_error(given[1], y[2000:]) > 0.1
     assert before.shape == after.shape
     for coverage in (0.5, 0.9):
         low, high = recalibration.interval(given[1], coverage=coverage)
-        held = ((low[:, 0] <= y[2000:]) & (y[2000:] <= high[:, 0])).double().mean()
+        held = ((low <= y[2000:]) & (y[2000:] <= high)).double().mean()
         assert float(held) == pytest.approx(coverage, abs=0.03)
     # The recalibrated quantile is where the recalibrated distribution function has the level.
-    assert recalibration(pit(given[1], recalibration.quantile(given[1], 0.3)))[0, 0] == pytest.approx(0.3, abs=1e-9)
+    assert recalibration(pit(given[1], recalibration.quantile(given[1], 0.3)))[0] == pytest.approx(0.3, abs=1e-9)
     with pytest.raises(ValueError, match="0 or 1"):
         QuantileRecalibration.fit((torch.zeros(2), 1e-3), torch.tensor([-100.0, 100.0]))
 

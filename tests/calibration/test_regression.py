@@ -143,8 +143,8 @@ def test_other_distributions_of_torch(kind, peer):
         given, frozen = kind(location, scale), peer(location, scale)
         each = -frozen.logpdf(y).reshape(len(y), -1).sum(1)
         assert predictive_nll(given, y) == pytest.approx(each.mean(), abs=1e-12)
-        assert pit(given, y).numpy() == pytest.approx(frozen.cdf(y).reshape(len(y), -1), abs=1e-12)
-        assert quantiles(given, 0.2).numpy() == pytest.approx(frozen.ppf(0.2).reshape(len(y), -1), abs=1e-12)
+        assert pit(given, y).numpy() == pytest.approx(frozen.cdf(y), abs=1e-12)
+        assert quantiles(given, 0.2).numpy() == pytest.approx(frozen.ppf(0.2), abs=1e-12)
         triples = torch.stack((location, scale, y)).flatten(1).T.tolist()
         one = [crps_by_quadrature(peer(m, s).cdf, t) for m, s, t in triples]
         assert crps(given, y) == pytest.approx(np.mean(one), abs=1e-6)
@@ -185,8 +185,8 @@ def test_fair_samples_are_right_on_average_whatever_their_number():
 def test_intervals():
     lower, upper = central_interval(GAUSSIAN, coverage=0.8)
     low, high = stats.norm(MEAN, STD).interval(0.8)
-    assert lower[:, 0].numpy() == pytest.approx(low, abs=1e-12)
-    assert upper[:, 0].numpy() == pytest.approx(high, abs=1e-12)
+    assert lower.numpy() == pytest.approx(low, abs=1e-12)
+    assert upper.numpy() == pytest.approx(high, abs=1e-12)
     y = Y.numpy()
     inside = (low <= y) & (y <= high)
     assert interval_coverage((lower, upper), Y) == inside.mean()
@@ -202,7 +202,7 @@ def test_the_pit_of_the_truth_is_uniform_and_that_of_the_overconfident_is_not():
     mean, y = torch.randn(4000, generator=generator), None
     y = mean + 2 * torch.randn(4000, generator=generator)
     right, narrow = (mean, 2.0), (mean, 1.0)
-    assert pit_distance(right, y) == pytest.approx(stats.kstest(pit(right, y)[:, 0], "uniform").statistic, abs=1e-12)
+    assert pit_distance(right, y) == pytest.approx(stats.kstest(pit(right, y), "uniform").statistic, abs=1e-12)
     assert pit_distance(right, y) < 1.36 / math.sqrt(4000) < pit_distance(narrow, y)
     flat, u_shaped = pit_histogram(right, y, bins=8), pit_histogram(narrow, y, bins=8)
     low, high = flat.band
@@ -220,7 +220,7 @@ def test_the_pit_of_the_truth_is_uniform_and_that_of_the_overconfident_is_not():
 
 def test_the_distance_is_seen_from_both_sides_and_ties_count_as_below():
     for y in (torch.tensor([1.0, 1.5, 2.0]), -torch.tensor([1.0, 1.5, 2.0])):
-        u = pit((torch.zeros(3), 1.0), y)[:, 0]
+        u = pit((torch.zeros(3), 1.0), y)
         assert pit_distance((torch.zeros(3), 1.0), y) == pytest.approx(stats.kstest(u, "uniform").statistic, abs=1e-12)
     at_the_median = calibration_curve((torch.zeros(2), 1.0), torch.tensor([0.0, 1.0]), levels=[0.5])
     assert at_the_median.observed.tolist() == [0.5]
@@ -239,6 +239,6 @@ def test_scoringrules_agrees():
     for fair, estimator in ((True, "fair"), (False, "nrg")):
         expected = scoringrules.crps_ensemble(y[:20], DRAWS.numpy().T, estimator=estimator).mean()
         assert crps(Samples(DRAWS, fair=fair), Y[:20]) == pytest.approx(expected, abs=1e-10)
-    low, high = (end[:, 0].numpy() for end in central_interval(GAUSSIAN, coverage=0.9))
+    low, high = (end.numpy() for end in central_interval(GAUSSIAN, coverage=0.9))
     expected = scoringrules.interval_score(y, low, high, 0.1).mean()  # takes alpha
     assert interval_score((low, high), Y, coverage=0.9) == pytest.approx(expected, abs=1e-10)

@@ -31,7 +31,8 @@ from lapkit.calibration import (
     squared_z_scores,
     variance_calibration_error,
 )
-from lapkit.calibration.streaming import Mean, Streaming
+from lapkit.calibration.metrics import Mean
+from lapkit.calibration.streaming import Streaming
 
 GAUSSIAN_METRICS = [
     Mean(density_losses),

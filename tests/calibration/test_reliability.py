@@ -247,7 +247,7 @@ def test_guessed_bins_are_those_of_a_search(bins):
     generator = torch.Generator().manual_seed(0)
     edges = torch.arange(bins + 1, dtype=torch.float64) / bins
     near = [torch.nextafter(edges.float(), torch.tensor(to, dtype=torch.float32)).double() for to in (-1.0, 2.0)]
-    confidence = torch.cat((edges, 1 - edges, *near, torch.rand(1000, generator=generator), torch.tensor([1.03])))
+    confidence = torch.cat((edges, 1 - edges, *near, torch.rand(5000, generator=generator), torch.tensor([1.03])))
     found_edges, index = equal_width(confidence.clamp(min=0), bins)
     assert torch.equal(found_edges, edges)
     assert torch.equal(index, torch.bucketize(confidence.clamp(min=0).float(), edges[1:-1].float()))

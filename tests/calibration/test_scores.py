@@ -124,13 +124,14 @@ def test_numbers_of_classes_that_are_none_are_refused(k):
 
 
 @pytest.mark.parametrize("classes", [2, 3, 12])
+@pytest.mark.parametrize("count", [300, 17_000])  # few, and many
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_the_top_label_is_that_of_a_search(classes, dtype):
+def test_the_top_label_is_that_of_a_search(classes, count, dtype):
     generator = torch.Generator().manual_seed(0)
-    p = torch.randn(3000, classes, generator=generator).softmax(dim=1)
+    p = torch.randn(count, classes, generator=generator).softmax(dim=1)
     for rows in (p, (p * 4).round() + 1, torch.ones_like(p)):
         table = (rows / rows.sum(dim=1, keepdim=True)).to(dtype)
-        y = torch.randint(classes, (3000,), generator=generator)
+        y = torch.randint(classes, (count,), generator=generator)
         confidence, right = top_label_outcome(table, y)
         top, predicted = table.max(dim=1)
         assert torch.equal(confidence, top.double())

@@ -55,6 +55,18 @@ def test_ggn(network):
     check_blocks(blocks, dense_ggn(model, Categorical(), x, y), Parameters.of(model))
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_activation_may_stand_in_several_places_of_a_skip(nested):
+    act = nn.Tanh()
+    inner = [nn.Linear(3, 4), act, nn.Linear(4, 4), act, nn.Linear(4, 3)]
+    inner = [nn.Sequential(*inner[:2]), nn.Sequential(*inner[2:])] if nested else inner
+    model, x, y = problem(lambda: (nn.Sequential(nn.Linear(3, 3), act, Residual(*inner), act, nn.Linear(3, 2)), (3,)))
+    blocks = hessian_blocks(model, Categorical(), [(x, y)])
+    check_blocks(blocks, autograd_hessian(model, Categorical(), x, y), Parameters.of(model))
+    products = hessian_products(model, Categorical(), [(x, y)])
+    torch.testing.assert_close(products.to_dense(), blocks.to_dense(), **CLOSE)
+
+
 PAIRS = [(n, "pch-abs") for n in POSITIVE] + [(n, mode) for n in ("mlp", "nested skips") for mode in MODES[:2]]
 
 

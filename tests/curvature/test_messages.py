@@ -196,7 +196,7 @@ def test_words_for_both_ways_in(monkeypatch):
     unused.extra = nn.Parameter(torch.ones(2))
     unused.forward = lambda x: nn.Sequential(*unused)(x)
     refused(ValueError, r"never uses .*'extra'.*parameters=\[...\] of compute.*subset_of_weights=", net=unused)
-    monkeypatch.setattr(quantity_file, "default_budget", lambda device: 1)
+    monkeypatch.setattr(quantity_file, "available", lambda device: 1)
     refused(ValueError, "GGNKronecker or GGNDiagonal; hessian_structure='kron'", wanted={"a": GGNDense})
 
 
@@ -322,3 +322,8 @@ def test_an_error_between_batches_leaves_what_was_summed():
     with pytest.raises(TypeError, match="Batch 1"):
         accumulate(net, parameters, Categorical(), GGN(), [batch(), None], [diagonal])
     close(diagonal.result()["0.weight"], results()["diagonal"]["0.weight"])
+
+
+def test_blocks_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr(quantity_file, "available", lambda device: 1)
+    refused(ValueError, r"The blocks over \d+ weights would take", wanted={"a": GGNBlocks})

@@ -167,6 +167,7 @@ def test_prior_mean_and_temperature(kind, subset, structure, monkeypatch):
     same(case, ours, theirs, ONLY_OURS.get(subset, set()), monkeypatch)
 
 
+@pytest.mark.filterwarnings("ignore:The normalised Laplace bridge makes some logits")  # of a few weights, so little
 @pytest.mark.parametrize(("kind", "structure"), list(product(KINDS, ("full", "diag"))))
 def test_single_weights(kind, structure, monkeypatch):
     case = Case(kind)

@@ -225,8 +225,8 @@ def refused(match, model, backend, structure, data=None, kind="classification", 
 def test_what_a_library_cannot(backend, structure):
     net = mlp("classification")
     refused("used more than once|is used 2 times", Functional(twice=True), backend, structure)
-    refused("does not compute", net, backend, "gp")
-    refused("does not compute", net, backend, "lowrank", rank=2)
+    refused("the curvature 'ggn' in the structure 'gp'. It computes '(diag|kron)' of 'ggn'", net, backend, "gp")
+    refused(r"the curvature 'ggn' in the structure SqrtGGN\(rank=2", net, backend, "lowrank", rank=2)
     refused("no loss for", net, backend, structure, kind=Categorical(label_smoothing=0.1))
     refused("no subnetwork", net, backend, structure, subset="subnetwork", subnetwork=torch.tensor([0, 3]))
     refused("forward_fn", net, backend, structure, forward_fn=lambda m, x: m(x))
@@ -243,7 +243,7 @@ def test_what_one_library_cannot():
     refused("neither those of 'expand'", convolutions(), "backpack", "kron",
             batches("classification", None, (1, 4, 4)))  # fmt: skip
     refused("could not compute 'kron'", nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), "curvlinops", "kron")
-    refused("EmpiricalFisher.*in this structure", mlp("classification"), "backpack", "kron", curvature="ef")
+    refused("the curvature 'ef' in the structure 'kron'", mlp("classification"), "backpack", "kron", curvature="ef")
 
 
 def test_residual_networks():

@@ -67,6 +67,25 @@ def test_what_blurs_a_comparison_is_remarked(data):
     assert "'1' is an estimate" in remarks(classifier(data), classifier(data, curvature=MonteCarloGGN()))
 
 
+@pytest.mark.parametrize(("one", "two"), [("kron", "kron_reduce"), ("kron", "ekfac"), ("kron", "blockdiag")])
+def test_structures_of_one_form_are_told_apart(data, one, two):
+    assert "different structures (GGN" in compare([classifier(data, one), classifier(data, two)]).remarks[0]
+    assert compare([classifier(data, one), classifier(data, one)]).remarks == ()
+
+
+def test_factors_that_are_written_out_stay_factors(data):
+    """Single weights cut a Kronecker product into something that is none."""
+    some = {"subset": "subnetwork", "subnetwork": torch.tensor([0, 3, 4])}
+    one, two = classifier(data, "kron", **some), classifier(data, "blockdiag", **some)
+    assert "different structures (GGN" in compare([one, two]).remarks[0]
+
+
+def test_forms_of_one_structure_are_not(data):
+    columns = classifier(data, "lowrank"), classifier(data, "gp"), classifier(data, "lowrank", space="weights")
+    assert compare([classifier(data), *columns]).remarks == ()
+    assert compare([classifier(data, "blockdiag"), classifier(data, "lowrank", per_parameter=True)]).remarks == ()
+
+
 def test_what_cannot_be_compared_is_refused(data):
     x, y = data[0]
     with pytest.raises(ValueError, match=r"different examples .*'0': 20.*'1': 10"):

@@ -10,8 +10,9 @@ from torch.distributions import Gamma
 
 from lapkit import Laplace
 from lapkit.curvature import BlockDiagonal, Dense, Diagonal
-from lapkit.evidence_search import automatic, brent, lbfgs
-from lapkit.evidence_surface import EvidenceSurface, _LogDetRatio
+from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
+from lapkit.evidence_search import automatic, lbfgs, root_of_condition
+from lapkit.evidence_surface import EvidenceSurface
 from lapkit.posteriors.eigenvalues import known_eigenvalues
 
 DOUBLE = torch.float64
@@ -30,7 +31,7 @@ def test_the_ratio_and_its_derivatives_are_those_of_autograd():
         return (values * (-u).exp()).log1p().sum()
 
     def own(u):
-        return _LogDetRatio.apply(u, values)
+        return log_det_ratio_of(values, u.exp())
 
     torch.testing.assert_close(own(u), direct(u))
     for order in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
@@ -74,7 +75,7 @@ def surface(values, weights, hyper_prior=None):
 
 def root(values, weights, start=0.0, hyper_prior=None):
     one = lambda x: torch.tensor([x], dtype=DOUBLE)  # noqa: E731
-    return brent(surface(values, weights, hyper_prior), one(start), one(-10.0), one(10.0), 100)
+    return root_of_condition(surface(values, weights, hyper_prior), one(start), one(-10.0), one(10.0), 100)
 
 
 @pytest.mark.parametrize("start", [-10.0, -3.0, 0.0, 9.9, 10.0])
@@ -99,6 +100,26 @@ def test_a_hyper_prior_moves_the_root():
     assert found == pytest.approx((6 / (3 + found) + 4) / (1 + 10), rel=1e-8)
 
 
+@pytest.mark.parametrize("mean", [0.3, 1, torch.tensor(0.3), torch.linspace(-1, 1, 8), [0.1] * 8])
+def test_prior_means_of_any_kind(mean):
+    data = [(torch.randn(9, 3), torch.arange(9) % 2)]
+    la = Laplace(nn.Linear(3, 2), "classification", "all", "kron", prior_mean=mean).fit(data)
+    found = la.optimize_prior_precision()
+    assert float(la.log_marginal_likelihood()) == pytest.approx(found.log_evidence, rel=1e-9)
+    scatter = (la.prior_precision * (la.mean - torch.as_tensor(mean, dtype=DOUBLE)).square()).sum()
+    torch.testing.assert_close(la.scatter, scatter)
+
+
+@pytest.mark.parametrize("hyper_prior", [None, Gamma(2.0, 5.0)])
+def test_a_point_is_that_of_a_graph(hyper_prior):
+    found, logs = surface([3.0, 0.1], [0.6, 0.8], hyper_prior), torch.tensor([0.4], dtype=DOUBLE)
+    point, (value, slope) = found.at(logs), found.slope(logs)
+    torch.testing.assert_close(point.gradient, slope)
+    torch.testing.assert_close(point.log_evidence + found.hyper(logs), torch.tensor(value, dtype=DOUBLE))
+    delta = float(logs.exp())
+    assert float(point.effective) == pytest.approx(3 / (3 + delta) + 0.1 / (0.1 + delta))
+
+
 @pytest.mark.parametrize("start", [-10.0, 0.0, 10.0])
 def test_a_slope_of_one_sign_ends_at_an_edge(start):
     assert float(root([1.0, 1.0], [0.0, 0.0], start).logs) == 10.0  # all weights at the prior mean
@@ -120,7 +141,7 @@ def test_values_that_are_not_finite_are_refused():
 def test_several_hyper_parameters_are_refused_and_left_to_another_search():
     la = fitted("full", "regression")
     with pytest.raises(ValueError, match="lbfgs"):
-        brent(EvidenceSurface(la.fitted, la.likelihood, 0.0, (la.n_params,)), *torch.zeros(3, 1), 10)
+        root_of_condition(EvidenceSurface(la.fitted, la.likelihood, 0.0, (la.n_params,)), *torch.zeros(3, 1), 10)
     one, two = (fitted("full", "regression") for _ in range(2))
     found = (
         one.optimize_prior_precision(tune_noise=True),
@@ -128,3 +149,10 @@ def test_several_hyper_parameters_are_refused_and_left_to_another_search():
     )
     assert found[0].log_evidence == found[1].log_evidence
     assert automatic is not lbfgs
+
+
+def test_evidences_are_differentiable_by_torch_func():
+    la = fitted("kron")
+    delta = torch.tensor(0.7, dtype=DOUBLE, requires_grad=True)
+    (wanted,) = torch.autograd.grad(la.log_marginal_likelihood(delta), delta)
+    torch.testing.assert_close(torch.func.grad(la.log_marginal_likelihood)(delta.detach()), wanted)

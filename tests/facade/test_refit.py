@@ -111,3 +111,16 @@ def test_other_data_and_no_rounds_are_refused():
         refit(*parts(la), GaussianPrior(1.0), case.data[:1], maximize_evidence)
     with pytest.raises(ValueError, match="At least one round"):
         refit(*parts(la), GaussianPrior(1.0), case.data, maximize_evidence, rounds=0)
+
+
+def test_the_mode_is_reached_in_single_precision():
+    """Where no decrement below the round-off of the objective can be seen."""
+    case = problem("classification")
+    la = Laplace(case.fresh.float(), "classification", "all", "diag")
+    data = [(x.float(), y) for x, y in case.data]
+    la.fit(data)
+    network = LinearizedNetwork.of(*parts(la)[:2], la.likelihood, data)
+    weights, reached = network.mode(la.likelihood, GaussianPrior(0.5), 1.0, la.fitted.mean)
+    assert reached
+    assert weights.dtype == torch.float32
+    assert dense_gradient(case, weights.double(), 0.5).abs().max() < 1e-2

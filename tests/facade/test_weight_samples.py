@@ -221,6 +221,30 @@ def test_the_body_runs_once_only_where_the_last_layer_ends_the_network(how, pass
     assert model.calls == passes
 
 
+class Peculiar(nn.Linear):
+    """A last layer whose operations torch cannot do at several weights in one."""
+
+    def forward(self, x):
+        if float(self.bias.detach().sum()) > 1e9:  # a decision by a number
+            return x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Peculiar])
+@pytest.mark.parametrize("near", [1, 2**20])
+def test_the_last_layer_is_run_at_several_weights_in_one(kind, near, monkeypatch):
+    monkeypatch.setattr(weight_samples, "NEAR", near)
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), kind(4, 2)).double(), torch.randn(7, 3, dtype=torch.float64)
+    weights, parameters = torch.randn(5, 10, dtype=torch.float64), Parameters.of(model, ["2"])
+    expected = outputs_at(model, parameters.names, weights, x)
+    passes = []
+    model[2].register_forward_hook(lambda *_: passes.append(1))
+    with untouched(model), borrowed(model, parameters), torch.no_grad():
+        found = torch.stack(list(network_outputs(Engine(model, parameters), x, weights)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert len(passes) == (1 + 1 if kind is nn.Linear and near > 1 else 1 + 5)
+
+
 class Fails(nn.Module):
     def __init__(self):
         super().__init__()

@@ -70,8 +70,22 @@ def test_normalisation_sharpens_narrow_gaussians():
     """The warning in the text, in numbers."""
     mean, eye = torch.tensor([1.0, 0.0, -1.0]), torch.eye(3)
     plain = float(mean.softmax(-1).max())
-    assert float(bridge_norm(mean, 0.01 * eye).max()) > 0.999 > plain
+    assert float(bridge_norm(mean, 0.05 * eye).max()) > 0.99 > plain
     assert float(bridge_norm(mean, 10 * eye).max()) < plain
+
+
+def test_far_too_sharp_probabilities_are_warned_of():
+    """Logits times `1 / sqrt(c)`, c = V (1 - 1/C) / sqrt(C / 2); without variance it is the softmax, and fine."""
+    mean, eye = torch.tensor([1.0, 0.0, -1.0]), torch.eye(3)
+    edge = 0.01 * math.sqrt(1.5) * 3 / 2
+    bridge_norm(mean, 1.01 * edge * eye)
+    bridge(mean, 1e-9 * eye)
+    torch.testing.assert_close(bridge_norm(mean, 0 * eye), mean.softmax(-1))
+    for function in (bridge_norm, lambda m, V: laplace_bridge(m, V, normalise=True).mean):
+        with pytest.warns(UserWarning, match="more than 10 times as large.*'qmc'") as record:
+            found = function(mean.expand(2, 3), torch.stack([eye, 1e-6 * eye]))
+        assert record[0].filename == __file__
+        assert float(found[1].max()) == 1 > float(found[0].max())
 
 
 # -- the peer
@@ -92,6 +106,7 @@ def theirs():
 
 @pytest.mark.peer("laplace")
 @pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.filterwarnings("ignore:The normalised Laplace bridge")
 @pytest.mark.parametrize("link", ["bridge", "bridge_norm"])
 def test_the_peers_numbers(theirs, link, classes):
     f = random(50, classes=classes, scale=4)

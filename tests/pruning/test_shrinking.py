@@ -100,6 +100,20 @@ def test_one_neuron_stays():
     torch.testing.assert_close(outputs(small.model, x), outputs(model, x))
 
 
+def test_inputs_may_be_regrouped_before_the_first_layer():
+    """Rows of pixels become pictures."""
+    x = torch.randn(12, 64)
+    model = settled(nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *convolutional()), x)
+    la = Laplace(model, "classification", "all", "kron").fit([(x, torch.arange(12) % 3)])
+    masked = prune(la, 0.5, unit="filter").pruned()
+    small = shrink(masked, x)
+    assert small.removed["1"] + small.removed["4.0"] > 2
+    torch.testing.assert_close(outputs(small.model, x), outputs(masked, x))
+    between = nn.Sequential(nn.Linear(4, 8), nn.Unflatten(1, (2, 4)), nn.Flatten(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"1 \(Unflatten\) regroups the outputs of 0"):
+        shrink(between)
+
+
 def test_the_network_given_stays_as_it_is():
     model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():

@@ -241,6 +241,20 @@ def test_a_layer_never_vanishes():
         prune(la, 0.5, floor=1.0)
 
 
+@pytest.mark.parametrize(("scope", "gone"), [("layer", 30 + 22), ("row", 3 * 10 + 7 * 3)])
+def test_a_floor_that_keeps_what_a_sparsity_would_take_is_said(scope, gone):
+    """Of 40 and 30 weights, in rows of 4 and 10, a quarter stays and, of rows of ten, 3; nine in ten were to go."""
+    model = nn.Sequential(nn.Linear(4, 10), nn.Tanh(), nn.Linear(10, 3))
+    la = Laplace(model, "classification", "all", "diag").fit([(torch.randn(9, 4), torch.arange(9) % 3)])
+    wanted = {"layer": 36 + 27, "row": 10 * 3 + 3 * 9}[scope]
+    words = rf"floor 0\.25 keeps {wanted - gone} units .* 0\.9 in each {scope} .* {gone} of 70 go"
+    with pytest.warns(UserWarning, match=words) as record:
+        result = prune(la, 0.9, "magnitude", scope=scope, floor=0.25)
+    assert record[0].filename == __file__
+    assert result.units == (70, gone)
+    assert prune(la, 0.7, "magnitude", scope=scope, floor=0.25).units == (70, {"layer": 49, "row": 51}[scope])
+
+
 def test_settings_that_make_no_sense_say_so():
     la = fitted(problem("classification"), "diag")
     with pytest.raises(ValueError, match="sparsity or a threshold"):

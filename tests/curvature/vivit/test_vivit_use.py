@@ -240,6 +240,22 @@ def test_without_gradients(problem, spectrum):
                 refused()
 
 
+@pytest.mark.parametrize(("gradients", "expected"), [(False, {4}), (True, {4, 32})])
+def test_without_gradients_no_graph_of_the_other_examples_is_made(gradients, expected):
+    """The lengths of what autograd saves, of a network whose widths are no such number."""
+    model = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5))
+    batch, lengths = (torch.randn(32, 3), torch.arange(32) % 5), set()
+
+    def note(saved):
+        lengths.add(len(saved) if saved.ndim else 1)
+        return saved
+
+    vivit(model, Categorical(), batch)  # what an engine verifies, it does in passes of its own
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        vivit(model, Categorical(), batch, curvature_examples=4, gradients=gradients)
+    assert {n for n in lengths if n > 8 or n == 4} == expected
+
+
 # -- the model
 
 
