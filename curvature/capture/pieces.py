@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lapkit.curvature.capture import internals
@@ -61,7 +62,7 @@ class Pieces:
 
 def _most(x: Any, outputs: Outputs) -> int:
     """How many examples a piece may have, by two small passes."""
-    sizes = []
+    sizes, outcomes = [], []
     for few in TRIALS:
         try:
             with _Sizes() as noted:
@@ -71,5 +72,9 @@ def _most(x: Any, outputs: Outputs) -> int:
         if len(found) != few:  # the first axis counts something else
             return sys.maxsize
         sizes.append(noted.found)
+        outcomes.append(found)
+    fewer, more = outcomes
+    if not torch.allclose(fewer, more[: len(fewer)], rtol=1e-3, atol=1e-5):  # what was cut was not examples alone
+        return sys.maxsize
     largest = max(three - two for two, three in zip(*sizes, strict=False))
     return max(NEAR // max(largest, 1), 1)

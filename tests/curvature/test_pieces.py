@@ -162,3 +162,25 @@ def test_a_number_beside_the_examples_belongs_to_all():
     found, parts = lengths(Two(), x)
     assert found == [15, 15, 15, 15, 15, 15, 10]
     assert all(part["beside"] == 0.3 for part in parts)
+
+
+class Attending(nn.Module):
+    """Looks up a memory that all examples share, of as many rows as there are examples by accident."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, inputs):
+        found = torch.softmax(inputs["x"] @ inputs["memory"].T, 1) @ inputs["memory"]
+        return self.layer(found)
+
+
+def test_a_shared_input_of_the_same_length_stays_whole():
+    model = Attending()
+    inputs = {name: torch.randn(N, 3, dtype=torch.float64) for name in ("x", "memory")}
+    parameters = Parameters.of(model)
+    engine = Engine(model, parameters)
+    with borrowed(model, parameters):
+        (found,) = engine.pieces(inputs)
+    assert all(torch.equal(found[name], inputs[name]) for name in inputs)
