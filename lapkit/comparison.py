@@ -37,7 +37,7 @@ class Ranked:
         return self.log_evidence - self.log_likelihood
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Models by descending evidence; prints as a table.
 
@@ -60,7 +60,7 @@ class Comparison:
         """The most probable model."""
         return self.ranking[0]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         width = max(5, *(len(row.name) for row in self.ranking))
         lines = [
             f"{'model':<{width}}  {'log evidence':>13} {'behind':>13} {'fit':>13} {'Occam':>13} {'p(M|D)':>7} "

@@ -14,6 +14,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor, nn
 
+from lapkit.choices import PRIOR_STRUCTURES, choice
 from lapkit.curvature import Gaussian, Likelihood
 from lapkit.laplace import Laplace
 from lapkit.posteriors import GaussianPrior
@@ -103,6 +104,8 @@ class LaplaceEstimator(BaseEstimator):  # type: ignore[misc]
                 f"The module returned {returned} for one example; the targets need (1, {outputs}) outputs."
             )
         prior = GaussianPrior(self.prior_precision)
+        choice(PRIOR_STRUCTURES, self.prior_structure, "prior_structure")  # before the training, like the others:
+        Laplace(self.module_, likelihood, self.subset_of_weights, self.hessian_structure)
         self.n_iter_ = 1
         for _ in range(1 + self.refits * (self.tune and self.train)):
             if self.train:

@@ -131,8 +131,9 @@ class LaplaceClassifier(ClassifierMixin, LaplaceEstimator):  # type: ignore[misc
 class LaplaceRegressor(RegressorMixin, LaplaceEstimator):  # type: ignore[misc]
     """A regression with error bars: the linearised predictive of a network around its MAP estimate.
 
-    Targets are standardised inside. Prior precision and observation noise are set by the evidence. Arguments are those
-    of `LaplaceClassifier`, without `link_approx`.
+    Targets are standardised inside. Prior precision and observation noise, one for all inputs, are set by the evidence;
+    for a noise that depends on the input see `lapkit.curvature.HeteroscedasticGaussian`. Arguments are those of
+    `LaplaceClassifier`, without `link_approx`.
 
     Example:
         >>> import numpy as np

@@ -20,6 +20,8 @@ from lapkit.facade.predictions import Predictions
 from lapkit.mixing import mixed
 from lapkit.posteriors import LINKS, FunctionDistribution, predictive
 
+UNSURE = 0.1  # how far the mean confidence may lie below the accuracy without a remark
+
 
 def evaluate(
     la: Predictions,
@@ -89,7 +91,7 @@ def evaluate(
     y, kept = _labels(likelihood, test.targets)
     predictions = {name: p[kept] if isinstance(p, Tensor) else p for name, p in rows(test).items()}
     outside = None if ood is None else rows(seen(mixture, ood, ensemble, with_targets=False))
-    notes = [*page.pop("notes", ()), _about(scaling), f"Laplace: {la!r}."]
+    notes = [*page.pop("notes", ()), _about(scaling), f"Laplace: {la!r}.", *_doubts(predictions, y[kept])]
     focus = f"mixture of {len(mixture)}" if others else "Laplace"
     # Several events of an example, or labels that are missing: rows are no examples.
     rowwise = test.inputs is not None and len(test.inputs) == len(y) and bool(kept.all())
@@ -175,3 +177,20 @@ def _about(scaling: TemperatureScaling | SigmaScaling | None) -> str:
     if scaling is None:
         return "MAP is not recalibrated: that takes validation=, batches held out from training and from this test."
     return f"MAP is recalibrated by {scaling!r}, fitted to held-out data."
+
+
+def _doubts(predictions: dict[str, Any], y: Tensor) -> list[str]:
+    """Whether Laplace is far less sure than it is right, and the network is not: a prior that does not suit it."""
+    tables = predictions["MAP"], predictions["Laplace"]
+    if not all(isinstance(p, Tensor) and p.ndim == 2 for p in tables):
+        return []
+    right, sure = zip(
+        *[(float((p.argmax(1) == y).double().mean()), float(p.amax(1).mean())) for p in tables], strict=True
+    )
+    if right[1] - sure[1] < max(UNSURE, 2 * abs(right[0] - sure[0])):
+        return []
+    return [
+        f"Laplace is underconfident: right about {right[1]:.0%} of the examples, it expects {sure[1]:.0%}. The prior "
+        "precision is too small for this network: choose one by held-out data, with "
+        "la.optimize_prior_precision(method='gridsearch', val_loader=...)."
+    ]

@@ -20,7 +20,7 @@ from lapkit.training import negative_log_posterior
 FORMAT = 1  # of checkpoints
 
 
-@dataclass
+@dataclass(repr=False)
 class MarglikTraining:
     """The result of `marglik_training`.
 
@@ -44,6 +44,13 @@ class MarglikTraining:
     def model(self) -> nn.Module:
         """The network, with the best weights."""
         return self.laplace.model
+
+    def __repr__(self) -> str:
+        best, ended = max(self.log_evidences), "stopped early" if self.stopped_early else "not stopped"
+        return (
+            f"MarglikTraining(log evidence {best:.6g} after {self.best_epoch} of {self.epochs} epochs, {ended}; "
+            f"{self.laplace!r})"
+        )
 
 
 @dataclass
@@ -107,7 +114,7 @@ def marglik_training(
         n_epochs: at most.
         burn_in: epochs before the first evidence.
         frequency: epochs between evidences.
-        prior_structure: "scalar", "layerwise" (one precision for each parameter tensor) or "diag".
+        prior_structure: "scalar", "layerwise" (one precision for each parameter tensor), "unit" or "diag".
         prior_precision: at the start.
         sigma_noise: at the start, for "regression".
         tune_noise: tune the noise of a `Gaussian` likelihood too.

@@ -30,9 +30,9 @@ SHOWN = 6  # parameters that a warning names
 LEFT_OUT = 0.1  # of the target values: so many weights that were trained but are not random hide some of the noise
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
-    """The result of a search.
+    """The result of a search; prints in a line.
 
     Args:
         prior: with the best precision.
@@ -55,6 +55,13 @@ class Selection:
     slope: float
     effective: Tensor
     grid: Grid | None = None
+
+    def __repr__(self) -> str:
+        precision = self.prior.precision.detach().flatten()
+        several = f"s of {len(precision)} groups, {float(precision.min()):.4g} to"
+        found = f"prior precision{several if len(precision) > 1 else ''} {float(precision.max()):.4g}"
+        ended = "converged" if self.converged else "not converged"
+        return f"Selection({found}; log evidence {self.log_evidence:.6g}; {ended} after {self.evaluations} evaluations)"
 
 
 def maximize_evidence(

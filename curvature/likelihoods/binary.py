@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.distributions import Bernoulli as BernoulliDistribution
 from torch.distributions import Distribution, Independent
 
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.columns.sampling import Draws
 from lapkit.curvature.likelihoods.classification import NEEDS_TARGETS, check_count, check_weights, probit_scaled
 from lapkit.curvature.likelihoods.likelihood import DiagonalLikelihood, like_outputs
+
+MANY = 16  # outputs between 0 and 1, one after the other, are no chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,12 @@ class Bernoulli(DiagonalLikelihood):
                 )
             expected = "0 or 1" if self.missing is None else f"0 or 1, or {self.missing:g} where missing"
             raise ValueError(f"Expected targets {expected}, got values between {known.min():g} and {known.max():g}.")
+        if f.numel() >= MANY and bool(((f > 0) & (f < 1)).all()):
+            warnings.warn(
+                "The model's outputs look like probabilities: all lie between 0 and 1. The binary likelihood takes "
+                "logits, of which it takes the sigmoid itself: leave out the last nn.Sigmoid.",
+                stacklevel=callers_level(),
+            )
         return y
 
     def _observed(self, y: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch.distributions import Gamma
 
 from lapkit.choices import PRIOR_STRUCTURES, choice
 from lapkit.curvature import Parameters
+from lapkit.curvature.callers import callers_level
 from lapkit.evidence_search import OPTIMIZERS, group_sizes
 from lapkit.facade.functions import Functions
 from lapkit.facade.output_noise import tune_output_noise
@@ -22,6 +24,8 @@ from lapkit.grid_search import Loss, Score, grid_search, log_grid, score_of, war
 from lapkit.posteriors import LINKS, GaussianPrior
 from lapkit.refit import refit
 from lapkit.selection import NOISE_BOUNDS, PRECISION_BOUNDS, Selection, maximize_evidence
+
+STEPS = 100  # of a search, at most
 
 
 class Tuning(Functions):
@@ -34,7 +38,7 @@ class Tuning(Functions):
         *,
         optimizer: str = "auto",
         tune_noise: bool = False,
-        n_steps: int = 100,
+        n_steps: int = STEPS,
         bounds: tuple[float, float] = PRECISION_BOUNDS,
         noise_bounds: tuple[float, float] = NOISE_BOUNDS,
         hyper_prior: Gamma | None = None,
@@ -129,7 +133,14 @@ class Tuning(Functions):
             engine = self._checked_engine()
             found = refit(engine, *given, refit_loader, tune, temperature=self.temperature).selection
         self.prior, self._likelihood = found.prior, found.likelihood
-        return replace(found, converged=found.converged and found_all)
+        found = replace(found, converged=found.converged and found_all)
+        if not found.converged and n_steps >= STEPS:  # who asks for fewer expects no maximum
+            warnings.warn(
+                f"The search stopped before the maximum of the evidence: a slope of {found.slope:.3g} nats is left. "
+                f"Take more steps than n_steps={n_steps}, or another optimizer.",
+                stacklevel=callers_level(),
+            )
+        return found
 
     def _on_grid(self, data: Iterable[Any], precisions: Tensor, score: Score) -> Selection:
         """Set the prior precision to the best of a grid."""

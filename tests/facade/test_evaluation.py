@@ -168,3 +168,23 @@ def test_what_cannot_be_evaluated_says_why(classes):
     counts = Laplace(nn.Linear(3, 1), Poisson(), "all").fit([(x, torch.ones(len(x), 1))])
     with pytest.raises(TypeError, match="GammaPoisson cannot be evaluated"):
         counts.evaluate([(x, torch.ones(len(x), 1))])
+
+
+def test_underconfidence_is_said_where_the_network_has_none():
+    """Labels drawn from the network's own probabilities, so that it is calibrated whatever its weights."""
+    x, model = torch.randn(900, 3), nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.mul_(6)
+        y = torch.distributions.Categorical(logits=model(x)).sample()
+    la = Laplace(model, "classification", "all").fit(batches(x[:300], y[:300]))
+    said = {}
+    for precision in (1e6, 1e-4):
+        la.prior_precision = precision
+        found = la.evaluate(batches(x[300:], y[300:]))
+        said[precision] = [note for note in found.notes if "underconfident" in note]
+    assert said[1e6] == []
+    (note,) = said[1e-4]
+    p = la(x[300:])
+    assert f"right about {(p.argmax(1) == y[300:]).double().mean():.0%}" in note
+    assert f"expects {p.amax(1).mean():.0%}" in note
+    assert "gridsearch" in str(found)
