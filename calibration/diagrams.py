@@ -84,7 +84,7 @@ def draw_reliability(
         ax.errorbar(conf, conf, [below, above], fmt="none", ecolor=GREY, capsize=3, label="if calibrated")
     ax.set(xlim=(0, 1), ylim=(0, TOP), yticks=TICKS, xlabel="confidence", ylabel="accuracy", aspect="equal")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(loc="best", bbox_to_anchor=(0, 1 / TOP), frameon=False)
+    ax.legend(loc="best", bbox_to_anchor=(0, 0, 1, 1 / TOP), framealpha=0.85, edgecolor="none")
     _draw_counts(ax, left, width, [count[m] for m in filled])
     return ax
 

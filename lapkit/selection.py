@@ -57,7 +57,7 @@ class Selection:
     grid: Grid | None = None
 
     def __repr__(self) -> str:
-        precision = self.prior.precision.detach().flatten()
+        precision = torch.as_tensor(self.prior.precision).detach().flatten()
         several = f"s of {len(precision)} groups, {float(precision.min()):.4g} to"
         found = f"prior precision{several if len(precision) > 1 else ''} {float(precision.max()):.4g}"
         ended = "converged" if self.converged else "not converged"
