@@ -13,8 +13,8 @@ memory    the peak over what was resident before, of a fit to 256 inputs and of 
           256), in fresh processes.
 
 The peer takes its fastest backend in each row, found by a trial; "inputs" are how many it fits or predicts within a few
-seconds. lapkit fits as many, and predicts all of them in one call, of which the time is scaled to that number. The peer
-predicts in batches of the best size out of 2, 16, 128 and all. Its tuning is scaled from fewer steps where 100 take
+seconds. lapkit fits as many, and predicts all of them in batches of 128 or in one call, of which the time is scaled to
+that number. The peer predicts in batches of the best size out of 2, 16, 128 and all. Its tuning is scaled from fewer steps where 100 take
 long. A row says `-` where no backend of the peer can do it. `limit` is the ratio that the forward pass of the network
 alone would reach, without which there are neither predictions nor a fit of the last layer. On a machine that does other
 work, use `--clock cpu` and OMP_NUM_THREADS=1.
@@ -120,7 +120,9 @@ class Row:
         la.optimize_prior_precision(method="marglik", n_steps=steps)
 
     def predictions(self, found):
-        spent = self.turns({"lapkit": lambda: found["lapkit"](self.x, link_approx="probit")})
+        # A user's batches, or all at once: what is faster, as for the peer.
+        ways = {size: partial(self.predicted, found["lapkit"], size) for size in (BATCH, len(self.x))}
+        spent = {"lapkit": min(self.turns(ways).values())}
         inputs = len(self.x)
         if "peer" in found:
             each, inputs = self.peer_predictive(found["peer"])
@@ -131,6 +133,10 @@ class Row:
             name: partial(la, few, pred_type="nn", link_approx="mc", n_samples=SAMPLES) for name, la in found.items()
         }
         self.add("sampled", self.turns(sampled), len(few))
+
+    def predicted(self, la, size):
+        for part in self.x.split(size):
+            la(part, link_approx="probit")
 
     def peer_predictive(self, la):
         """Seconds for each input, in batches of the best size, and that size."""

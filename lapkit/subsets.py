@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from lapkit.curvature import Parameters, Subnetwork, borrowed, last_layer
 from lapkit.curvature.accumulate import EMPTY
 from lapkit.curvature.capture.forward import forward
-from lapkit.curvature.capture.tape import Graph
-from lapkit.curvature.inputs import can_be_cut, cut, tensors, to_device, unpack
+from lapkit.curvature.inputs import to_device, unpack
 from lapkit.curvature.parameters import unwrapped
 from lapkit.subnetworks import SubnetworkMask, Task
 
@@ -117,23 +115,9 @@ def _last_layer(task: Task, first: list[Any]) -> Parameters:
         raise ValueError(EMPTY)
     trainable = Parameters.of(task.model)
     x = to_device(unpack(first[0], 0)[0], trainable.device)
-    run = partial(forward, task.model, parameters=trainable, forward_fn=task.forward_fn, output_axis=task.output_axis)
     with borrowed(task.model, trainable):
-        output = _of_few(run, x)
-        if output is None or Graph(output, trainable, strict=False).routes_by_data():
-            output = run(x)
+        output = forward(task.model, x, trainable, forward_fn=task.forward_fn, output_axis=task.output_axis)
         return last_layer(output, trainable)
-
-
-def _of_few(run: Callable[[Any], Tensor], x: Any) -> Tensor | None:
-    """The outputs of two examples, which go the way of all where the data do not route them; None if they cannot."""
-    found = [t for t in tensors(x) if t.ndim]
-    if not found or not can_be_cut(x, len(found[0])):
-        return None
-    try:
-        return run(cut(x, slice(2)))
-    except Exception:  # a model for batches of a certain size; what else is wrong, the whole batch tells
-        return None
 
 
 def places_among(subnetwork: Subnetwork, model: nn.Module) -> Tensor:

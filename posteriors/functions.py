@@ -106,7 +106,7 @@ def linearized(engine: Engine, x: Any, precision: SymmetricOperator) -> Function
 
 
 def linearized_pieces(engine: Engine, x: Any) -> Iterator[tuple[Tensor, NetworkJacobian]]:
-    """Outputs and Jacobian, of as many examples at a time as are fast and the engine's memory budget has room for.
+    """Outputs and Jacobian, of as many examples at a time as the engine's memory budget has room for.
 
     Args:
         engine: the model at w*; inside `borrowed`.
@@ -115,17 +115,11 @@ def linearized_pieces(engine: Engine, x: Any) -> Iterator[tuple[Tensor, NetworkJ
     Yields:
         Outputs `(n, C)` or `(n, T, C)`, and the Jacobian with K columns, C or T C.
     """
-    for piece in engine.pieces(x):
-        yield from _within_budget(engine, piece)
-
-
-def _within_budget(engine: Engine, x: Any) -> Iterator[tuple[Tensor, NetworkJacobian]]:
-    """Outputs and Jacobian, cut further where the Jacobian's columns would not fit."""
     backprop = engine(x)
     examples, step = backprop.examples, backprop.examples_per_piece()
     if step < examples and can_be_cut(x, examples):
         for start in range(0, examples, step):
-            yield from _within_budget(engine, cut(x, slice(start, start + step)))
+            yield from linearized_pieces(engine, cut(x, slice(start, start + step)))
     else:
         yield summable(backprop.output.detach()), backprop.jacobian()
 

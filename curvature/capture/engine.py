@@ -14,7 +14,6 @@ from lapkit.curvature.capture.forward import ForwardFunction, canonical, run
 from lapkit.curvature.capture.irregular import BASE
 from lapkit.curvature.capture.known import Known
 from lapkit.curvature.capture.layout import Layouts, Probe, of_one, probe, resolve
-from lapkit.curvature.capture.pieces import Pieces
 from lapkit.curvature.capture.self_check import check_examples_apart, check_same, contraction_errors
 from lapkit.curvature.capture.steady import holds_for_others
 from lapkit.curvature.capture.tape import Graph, Use
@@ -72,7 +71,6 @@ class Engine:
         self.unreached = set(parameters.names)  # parameters that no output has depended on so far
         self._together = True  # until an operation fails under vmap
         self._known: dict[tuple[object, ...], list[Known]] = defaultdict(list)
-        self._pieces = Pieces()
 
     def __call__(self, x: Any) -> Backprop:
         """Forward `x` and make its tape ready.
@@ -171,10 +169,6 @@ class Engine:
     def restricted(self, jacobian: NetworkJacobian) -> NetworkJacobian:
         """A Jacobian in all of `parameters`, cut down to the weights that this engine's Jacobians are in."""
         return jacobian
-
-    def pieces(self, x: Any) -> list[Any]:
-        """A batch in parts that a CPU keeps in its cache; whole where it cannot be cut, or on other devices."""
-        return self._pieces(to_device(x, self.parameters.device), self.outputs)
 
     def outputs(self, x: Any) -> Tensor:
         """The forward pass alone: outputs `(N, *, C)` with their graph.

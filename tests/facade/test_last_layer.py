@@ -6,7 +6,6 @@ from dense_laplace import problem, untouched
 from torch import nn
 
 from lapkit import Laplace
-from lapkit.curvature import Parameters, last_layer
 
 STRUCTURES = ("diag", "kron", "ekfac", "blockdiag", "full", "lowrank", "gp")
 
@@ -28,52 +27,6 @@ def test_names_that_do_not_go_together():
         Laplace(model, "classification", last_layer_name="body")
     with pytest.raises(ValueError, match="belongs to subset_of_weights='last_layer'"):
         Laplace(model, "classification", "all", last_layer_name="4")
-
-
-class Counting(nn.Module):
-    """Notes how many examples it sees, and may refuse other batches than those of a length."""
-
-    def __init__(self, wanted=None):
-        super().__init__()
-        self.wanted, self.seen = wanted, []
-        self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        self.seen.append(len(x))
-        if self.wanted not in (None, len(x)):
-            raise ArithmeticError("another length")
-        return self.head(self.body(x).tanh())
-
-
-@pytest.mark.parametrize(("wanted", "seen"), [(None, [2]), (20, [2, 20])])
-def test_two_examples_tell_which_layer_is_last(wanted, seen):
-    model, x = Counting(wanted).double(), torch.randn(20, 3)
-    la = Laplace(model, "regression", "last_layer")
-    assert la.select([(x, torch.randn(20, 2))]).names == ("head.weight", "head.bias")
-    assert model.seen == seen
-
-
-class Experts(nn.Module):
-    """Every example goes to one of three last layers."""
-
-    def __init__(self):
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(3, 2) for _ in range(3))
-
-    def forward(self, x):
-        out = x.new_zeros(len(x), 2)
-        for number, expert in enumerate(self.experts):
-            (places,) = (torch.arange(len(x)) % 3 == number).nonzero(as_tuple=True)
-            if len(places):
-                out = out.index_add(0, places, expert(x[places]))
-        return out
-
-
-def test_all_examples_tell_where_the_data_route_them():
-    model, x = Experts().double(), torch.randn(20, 3)
-    expected = last_layer(model(x), Parameters.of(model)).names
-    assert Laplace(model, "regression", "last_layer").select([(x, torch.randn(20, 2))]).names == expected
-    assert last_layer(model(x[:2]), Parameters.of(model)).names != expected
 
 
 class Watched(torch.autograd.Function):
