@@ -14,10 +14,10 @@ memory    the peak over what was resident before, of a fit to 256 inputs and of 
 
 The peer takes its fastest backend in each row, found by a trial; "inputs" are how many it fits or predicts within a few
 seconds. lapkit fits as many, and predicts all of them in batches of 128 or in one call, of which the time is scaled to
-that number. The peer predicts in batches of the best size out of 2, 16, 128 and all. Its tuning is scaled from fewer steps where 100 take
-long. A row says `-` where no backend of the peer can do it. `limit` is the ratio that the forward pass of the network
-alone would reach, without which there are neither predictions nor a fit of the last layer. On a machine that does other
-work, use `--clock cpu` and OMP_NUM_THREADS=1.
+that number. The peer predicts in batches of the best size out of 2, 16, 128 and all. Its tuning is scaled from fewer
+steps where 100 take long. A row says `-` where no backend of the peer can do it. `limit` is the ratio that the forward
+pass of the network alone would reach, without which there are neither predictions nor a fit of the last layer. On a
+machine that does other work, use `--clock cpu` and OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations

@@ -14,9 +14,7 @@ from lapkit.curvature.jacobians.jacobian import Jacobian
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.operators.graded import (
     UNBEARABLE,
-    cleared,
     log_det_one_plus,
-    numerical_rank,
     pivoted_cholesky,
     rounding,
 )
@@ -84,16 +82,21 @@ class Dense(SymmetricOperator):
 
     @cached_property
     def spectrum(self) -> Tensor:
-        """The eigenvalues in float64, which operators of another type or device share, without round-off.
-
-        As many are lost in the round-off of the type that the matrix was made in as its rank is short of P.
-        """
+        """The eigenvalues in float64, which operators of another type or device share, without round-off."""
         if self.source is not None:
             return self.source.spectrum.to(self.device)
-        values = torch.linalg.eigvalsh(self.matrix.double())
-        kept = numerical_rank(self.matrix, self._rounding)
-        lost = torch.arange(self.size, device=self.device) < self.size - kept
-        return cleared(values, lost, self._eps * self.matrix.diagonal().double().mean().reshape(1)).clamp_min(0)
+        with torch.inference_mode(False):  # as all that is kept: gradients may be asked for later
+            values = torch.linalg.eigvalsh(self._core).clamp_min(0)
+            return torch.cat([values.new_zeros(self.size - len(values)), values])
+
+    @cached_property
+    def _core(self) -> Tensor:
+        """The matrix in float64, or a smaller one with the eigenvalues of it that are more than round-off."""
+        if self.source is not None:
+            return self.source._core.to(self.device)
+        with torch.inference_mode(False):
+            root = self._root
+            return root.mT @ root if root.shape[1] < self.size else self.matrix.double()
 
     @property
     def _eps(self) -> float:
@@ -125,15 +128,14 @@ class Dense(SymmetricOperator):
     def _logdet_ratio(self, delta: Tensor) -> Tensor:
         """`log det(I + D^{-1/2} A D^{-1/2})`, whose eigenvalues are at least one however far the shifts are apart."""
         delta = delta.double()  # in float64 the quotient of a large entry and a tiny shift is finite, and its gradient
-        digits = max(self._rounding, 1 / UNBEARABLE)
-        lost = bool((digits * self.matrix.diagonal().double() >= delta).any())  # of the shift, in the sum
-        if delta.ndim == 0:
-            ratio = log_det_ratio_of(self.spectrum, delta) if lost else self._ratio_of_one(delta)
-        elif lost:
-            ratio = log_det_one_plus(delta.reciprocal(), self._root)
-        else:
-            root = delta.rsqrt()
+        if self.matrix.requires_grad:
+            root = delta.expand(self.size).rsqrt()
             ratio = logdet_from_one(_plus_one(root[:, None] * self.matrix.double() * root))
+        elif delta.ndim == 0:
+            lost = bool((self.matrix.diagonal().double() >= UNBEARABLE * delta).any())  # of the shift, in the sum
+            ratio = log_det_ratio_of(self.spectrum, delta) if lost else self._ratio_of_one(delta)
+        else:
+            ratio = self._ratio_of_several(delta)
         return ratio.to(self.dtype)
 
     def _ratio_of_one(self, delta: Tensor) -> Tensor:
@@ -142,19 +144,29 @@ class Dense(SymmetricOperator):
         One number is often asked for again, and is kept.
         """
         shared, number = self.source or self, float(delta.detach())
-        if number in shared.memo and not (delta.requires_grad or self.matrix.requires_grad):
+        if number in shared.memo and not delta.requires_grad:
             return shared.memo[number].to(self.device)
         if shared.memo or "spectrum" in vars(shared):
             return log_det_ratio_of(self.spectrum, delta)
-        found = logdet_from_one(_plus_one(self.matrix.to(torch.float64, copy=True).div_(delta)))
+        found = logdet_from_one(_plus_one(self._core / delta))
         shared.memo[number] = found.detach().to(shared.device)
         return found
+
+    def _ratio_of_several(self, delta: Tensor) -> Tensor:
+        """For a number for each weight, by elimination where the identity would be lost in the sum."""
+        if (self.matrix.diagonal().double() >= UNBEARABLE * delta).any():
+            return log_det_one_plus(delta.reciprocal(), self._root)
+        if self._root.shape[1] < self.size:
+            return logdet_from_one(_plus_one(self._root.mT @ (self._root / delta[:, None])))
+        root = delta.rsqrt()
+        return logdet_from_one(_plus_one(root[:, None] * self._core * root))
 
     @cached_property
     def _root(self) -> Tensor:
         """`V` with `V V^T` the matrix without round-off, in float64."""
         shared = self.source or self
-        return pivoted_cholesky(shared.matrix, self._rounding).to(self.device)
+        with torch.inference_mode(False):
+            return pivoted_cholesky(shared.matrix, self._rounding).to(self.device)
 
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""

@@ -119,11 +119,6 @@ def pivoted_cholesky(matrix: Tensor, tolerance: float) -> Tensor:
     return scale[:, None] * out.to(scale)
 
 
-def numerical_rank(matrix: Tensor, tolerance: float) -> int:
-    """The number of columns that `pivoted_cholesky` has."""
-    return _pivoted(matrix, tolerance)[3]
-
-
 def _pivoted(matrix: Tensor, tolerance: float) -> tuple[Tensor, np.ndarray, np.ndarray, int]:
     """Roots of the diagonal, and of the matrix scaled by them the factor, the order of its rows, and its rank."""
     scale = matrix.detach().diagonal().double().clamp_min(0).sqrt()
@@ -146,16 +141,17 @@ def rounding(size: int, eps: float) -> float:
     return 2 * eps * math.sqrt(size)
 
 
-def cleared(values: Tensor, lost: Tensor, unit: Tensor) -> Tensor:
+def cleared(values: Tensor, bound: Tensor) -> Tensor:
     """Eigenvalues without round-off: those that are lost in it are zero, unless all together they are not.
 
-    Their sum is known better than each of them, as errors of either sign cancel in it. Where it is more than a unit for
-    each of them, they are given their mean.
+    Their sum is known better than each of them, as errors of either sign cancel in it. Where their mean is more than a
+    mean of so many errors, they are given it.
 
     Args:
         values: `(*, n)`.
-        lost: which of them are below round-off, `(*, n)`.
-        unit: of round-off, `(*, 1)`.
+        bound: of the error of each, `(*, n)`.
     """
-    mean = torch.where(lost, values, 0.0).sum(-1, keepdim=True) / lost.sum(-1, keepdim=True).clamp_min(1)
-    return torch.where(lost, torch.where(mean > unit, mean, 0.0), values)
+    lost = values < bound
+    number = lost.sum(-1, keepdim=True).clamp_min(1)
+    mean, error = (torch.where(lost, x, 0.0).sum(-1, keepdim=True) / number for x in (values, bound))
+    return torch.where(lost, torch.where(mean > error / number.sqrt(), mean, 0.0), values)

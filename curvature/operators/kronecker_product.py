@@ -38,7 +38,8 @@ class KroneckerProduct(SymmetricOperator):
         """The same matrix by its eigenvectors."""
         if self.source is not None:
             return self.source.eigen._map(lambda tensor: tensor.to(self.left))
-        return Kronecker.from_factors(self.left, self.right)
+        with torch.inference_mode(False):  # kept for evidences with a gradient, too
+            return Kronecker.from_factors(self.left, self.right)
 
     @property
     def size(self) -> int:

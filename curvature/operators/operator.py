@@ -254,6 +254,5 @@ def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix.double())
     diagonal, eps = matrix.diagonal(dim1=-2, dim2=-1).double(), torch.finfo(matrix.dtype).eps
     seen = (diagonal[..., None, :] @ vectors.square())[..., 0, :]
-    lost = values < rounding(matrix.shape[-1], eps) * seen
-    values = cleared(values, lost, eps * diagonal.mean(-1, keepdim=True))
+    values = cleared(values, rounding(matrix.shape[-1], eps) * seen)
     return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)

@@ -119,11 +119,13 @@ class Woodbury(SymmetricOperator):
     def _diagonal(self) -> Tensor:
         if isinstance(self.offset, Tensor) and self.offset.is_floating_point():
             return self.offset.to(self._like.device)
-        return torch.as_tensor(self.offset, dtype=self._like.dtype, device=self._like.device)
+        with torch.inference_mode(False):  # as all that is kept: gradients may be asked for later
+            return torch.as_tensor(self.offset, dtype=self._like.dtype, device=self._like.device)
 
     @cached_property
     def _scale(self) -> Tensor:
-        return torch.as_tensor(self.factor, dtype=torch.float64, device=self._like.device)
+        with torch.inference_mode(False):
+            return torch.as_tensor(self.factor, dtype=torch.float64, device=self._like.device)
 
     @property
     def _entries(self) -> Tensor:
@@ -142,7 +144,8 @@ class Woodbury(SymmetricOperator):
     @property
     def _gram(self) -> Tensor:
         if "gram" not in self.memo:
-            self.memo["gram"] = reduce(torch.add, self._group_grams())
+            with torch.inference_mode(False):
+                self.memo["gram"] = reduce(torch.add, self._group_grams())
         return self.memo["gram"]
 
     @property
@@ -152,7 +155,8 @@ class Woodbury(SymmetricOperator):
         They are computed once, whatever the number of shifts tried.
         """
         if "eigenvalues" not in self.memo:
-            self.memo["eigenvalues"] = torch.linalg.eigvalsh(self._gram).clamp_min(0)
+            with torch.inference_mode(False):
+                self.memo["eigenvalues"] = torch.linalg.eigvalsh(self._gram).clamp_min(0)
         return self._scale * self.memo["eigenvalues"]
 
     def diagonal(self) -> Tensor:
@@ -371,7 +375,8 @@ class Woodbury(SymmetricOperator):
             if needed > default_budget(self.device):
                 yield from self._group_grams()
                 return
-            self.memo["grams"] = torch.stack(list(self._group_grams()))
+            with torch.inference_mode(False):
+                self.memo["grams"] = torch.stack(list(self._group_grams()))
         yield from self.memo["grams"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class Posterior(Fitting):
 
     @temperature.setter
     def temperature(self, value: float) -> None:
-        if isinstance(value, str | bool) or not 0 < value < math.inf:
+        if isinstance(value, str | bool) or (torch.is_tensor(value) and value.numel() != 1) or not 0 < value < math.inf:
             raise ValueError(f"The temperature must be positive and finite, got {value!r}.")
         self._temperature = value
 
@@ -63,9 +64,15 @@ class Posterior(Fitting):
     def posterior(self) -> GaussianPosterior:
         """The Gaussian over the fitted weights."""
         given = (self.fitted, self.likelihood, self.prior, self.temperature)
+        if any(torch.is_tensor(x) and x.requires_grad for x in self._numbers()):
+            return laplace_posterior(*given)  # whose graph is for one use
         if self._posterior is None or any(old is not new for old, new in zip(self._posterior[0], given, strict=True)):
             self._posterior = given, laplace_posterior(*given)
         return self._posterior[1]
+
+    def _numbers(self) -> tuple[Any, ...]:
+        """What the posterior depends on and a gradient may be asked for."""
+        return self.prior.precision, self.prior.mean, self.likelihood.precision, self.temperature
 
     @property
     def posterior_precision(self) -> SymmetricOperator:
@@ -79,6 +86,8 @@ class Posterior(Fitting):
 
     @prior_precision.setter
     def prior_precision(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and not value.requires_grad:
+            value = value.clone()  # what is done to it in place later on is no assignment
         prior = GaussianPrior(value, self.prior.mean)
         if self._fit is not None:
             prior.shift(self._fit.parameters)

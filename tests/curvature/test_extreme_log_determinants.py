@@ -8,7 +8,7 @@ import torch
 
 from lapkit.curvature import BlockDiagonal, Dense, Kronecker, KroneckerProduct, LowRank
 from lapkit.curvature.operators import woodbury
-from lapkit.curvature.operators.graded import cleared, log_det_one_plus, numerical_rank, pivoted_cholesky
+from lapkit.curvature.operators.graded import cleared, log_det_one_plus, pivoted_cholesky
 
 SIZES = (4, 1, 6, 3)
 PRIORS = {
@@ -176,7 +176,7 @@ def test_weights_of_very_different_curvature_are_not_taken_for_rounding():
         assert float(Dense(single).logdet_ratio(1e-6)) == pytest.approx(float(wanted), rel=1e-5)
     kron = Kronecker.from_factors(single[None], torch.ones(1, 1, 1, dtype=torch.float32))
     assert float(kron.logdet_ratio(1e-6)) == pytest.approx(float(wanted), rel=1e-5)
-    assert numerical_rank(single, 1e-5) == 4
+    assert pivoted_cholesky(single, 1e-5).shape[1] == 4
 
 
 def test_small_eigenvalues_are_not_taken_for_rounding():
@@ -194,10 +194,28 @@ def test_small_eigenvalues_are_not_taken_for_rounding():
 def test_many_small_eigenvalues_are_kept_by_their_sum():
     """Each is below rounding, all together are not."""
     values = torch.tensor([-1e-9, 2e-9, 3e-9, 5.0])
-    lost = values < 1e-8
-    assert cleared(values, lost, torch.tensor([1e-8])).tolist() == [0, 0, 0, 5]
-    kept = cleared(values, lost, torch.tensor([1e-9]))
-    torch.testing.assert_close(kept, torch.tensor([4e-9 / 3] * 3 + [5.0]), rtol=1e-12, atol=0)
+    assert cleared(values, torch.full((4,), 1e-8)).tolist() == [0, 0, 0, 5]
+    kept = cleared(values, torch.full((4,), 2.1e-9).index_fill(0, torch.tensor([2]), 3.1e-9) * 0.9)
+    torch.testing.assert_close(kept, torch.tensor([0, 2e-9, 3e-9, 5.0]), rtol=1e-12, atol=0)
+    sum_counts = cleared(torch.full((100,), 0.5e-8), torch.full((100,), 1e-8))
+    torch.testing.assert_close(sum_counts, torch.full((100,), 0.5e-8), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_one_lost_eigenvalue_beside_small_ones_that_are_known(seed):
+    """A mixture of three columns in six, or seven in eight, of which rounding makes more."""
+    torch.manual_seed(seed)
+    u, small = torch.randn(8, 7).float(), 1e-7 * torch.eye(24)
+    matrix = torch.block_diag(u @ u.T, small.float())
+    values = torch.cat([torch.linalg.svdvals(u.double()).square(), torch.full((24,), 1e-7)])
+    for delta in (1e-6, 1e-7):
+        wanted = float(torch.log1p(values / delta).sum())
+        shift = torch.tensor(delta, dtype=torch.float32)
+        kron = KroneckerProduct(torch.ones(1, 1, 1, dtype=torch.float32), matrix[None])
+        assert float(kron.logdet_ratio(shift)) == pytest.approx(wanted, abs=0.01)
+        dense = Dense(matrix)
+        found = [dense.logdet_ratio(s) for s in (shift, shift.clone().requires_grad_(), shift.expand(32).clone())]
+        assert [float(value.detach()) for value in found] == pytest.approx([wanted] * 3, abs=0.01)
 
 
 # -- the first determinant, and all others

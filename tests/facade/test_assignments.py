@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from dense_laplace import problem
 from torch import nn
 
 from lapkit import Laplace
@@ -106,3 +107,56 @@ def test_a_fit_is_loaded_over_one_of_another_likelihood():
     la.load_state_dict(state)
     assert isinstance(la.likelihood, Gaussian)
     torch.testing.assert_close(la.log_marginal_likelihood(), regression(sigma_noise=0.3).log_marginal_likelihood())
+
+
+STRUCTURES = ("kron", "diag", "full", "blockdiag", "ekfac", "lowrank", "gp")
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_precision_changed_in_place_is_not_assigned(structure):
+    case = problem("classification")
+    la = Laplace(case.model, "classification", "all", structure).fit(case.data)
+    precision = torch.tensor(1.0)
+    la.prior_precision = precision
+    before = la(case.new_x), la.log_marginal_likelihood()
+    precision.mul_(100)
+    assert float(la.prior_precision) == 1
+    torch.testing.assert_close((la(case.new_x), la.log_marginal_likelihood()), before)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_precision_with_a_gradient_is_always_the_present_one(structure):
+    """As an optimiser of the user's own moves it."""
+    case = problem("classification")
+    la = Laplace(case.model, "classification", "all", structure).fit(case.data)
+    precision = torch.tensor(1.0, requires_grad=True)
+    la.prior_precision = precision
+    with torch.no_grad():
+        found = [la(case.new_x)]
+        precision.mul_(100)
+        found.append(la(case.new_x))
+    for _ in range(2):  # each graph is its own
+        la(case.new_x).square().sum().backward()
+    assert float(precision.grad) != 0
+    for value, here in zip((1.0, 100.0), found, strict=True):
+        la.prior_precision = value
+        torch.testing.assert_close(la(case.new_x), here)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_what_inference_mode_left_behind_has_gradients(structure):
+    case = problem("classification")
+    la = Laplace(case.model, "classification", "all", structure).fit(case.data)
+    with torch.inference_mode():
+        la(case.new_x)
+        la.log_marginal_likelihood()
+    logs = torch.zeros(len(list(case.model.parameters())), requires_grad=True)
+    la.log_marginal_likelihood(prior_precision=logs.exp()).backward()
+    assert logs.grad.abs().min() > 0
+    la.optimize_prior_precision(prior_structure="layerwise")
+
+
+def test_a_temperature_is_one_number():
+    la = Laplace(problem("classification").model, "classification", "all", "diag")
+    with pytest.raises(ValueError, match="temperature must be positive"):
+        la.temperature = torch.ones(7)

@@ -160,7 +160,8 @@ def test_the_search_of_a_float32_fit_is_made_in_float64():
     log_det_ratio = torch.log1p(eigenvalues / delta).sum()
     evidence = -la.fitted.loss.double() - (delta * squares + log_det_ratio) / 2
     slope = -(delta * squares - (eigenvalues / (eigenvalues + delta)).sum()) / 2
-    assert found.log_evidence == pytest.approx(float(evidence), rel=1e-12)
+    # Of the matrix without what its own rounding makes of it, which is 1e-9 of it here.
+    assert found.log_evidence == pytest.approx(float(evidence), rel=1e-8)
     assert abs(float(slope)) < 1e-6  # the precision that was found is then rounded to float32
     assert found.prior.precision.dtype == torch.float32
 
