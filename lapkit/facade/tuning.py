@@ -26,6 +26,7 @@ from lapkit.refit import refit
 from lapkit.selection import NOISE_BOUNDS, PRECISION_BOUNDS, Selection, maximize_evidence
 
 STEPS = 100  # of a search, at most
+STEEP = 0.01  # nats; less of a slope makes no difference that anyone would see
 
 
 class Tuning(Functions):
@@ -134,7 +135,7 @@ class Tuning(Functions):
             found = refit(engine, *given, refit_loader, tune, temperature=self.temperature).selection
         self.prior, self._likelihood = found.prior, found.likelihood
         found = replace(found, converged=found.converged and found_all)
-        if not found.converged and n_steps >= STEPS:  # who asks for fewer expects no maximum
+        if not found.converged and found.slope > STEEP and n_steps >= STEPS:  # who asks for fewer expects no maximum
             warnings.warn(
                 f"The search stopped before the maximum of the evidence: a slope of {found.slope:.3g} nats is left. "
                 f"Take more steps than n_steps={n_steps}, or another optimizer.",

@@ -72,10 +72,18 @@ def test_a_softmax_at_the_end_of_a_classifier_warns_at_the_callers_line():
     assert [one.filename for one in told] == [__file__]
 
 
+def test_a_sigmoid_at_the_end_of_a_binary_classifier_warns_at_the_callers_line():
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid())
+    with pytest.warns(UserWarning, match=r"look like probabilities.*leave out the last nn\.Sigmoid") as told:
+        Laplace(model, Bernoulli(), "all").fit([(X, nn.functional.one_hot(Y))])
+    assert [one.filename for one in told] == [__file__]
+
+
 @pytest.mark.parametrize("last", [nn.Identity(), nn.LogSoftmax(-1), nn.ReLU(), nn.Sigmoid()])
 def test_other_outputs_do_not(last):
     model = nn.Sequential(nn.Linear(4, 3), last)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Laplace(model, "classification", "all").fit([(X, Y)])
-        Laplace(model, Bernoulli(), "all").fit([(X, nn.functional.one_hot(Y))])
+        if not isinstance(last, nn.Sigmoid):
+            Laplace(model, Bernoulli(), "all").fit([(X, nn.functional.one_hot(Y))])

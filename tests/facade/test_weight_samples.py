@@ -236,12 +236,13 @@ class After(nn.Module):
         return {
             "mul": lambda: out.mul_(2),
             "mask": lambda: out.masked_fill_(x > 0, -3.0),
+            "last example": lambda: out[3].mul_(2) is None or out,
             "clamp": lambda: out.clamp_(-0.1, 0.1),
             "relu": lambda: nn.functional.relu(out, inplace=True),
         }.get(self.act, lambda: out)()
 
 
-@pytest.mark.parametrize("act", ["mul", "mask", "clamp", "relu", "weight", "pre-hook", "model hook"])
+@pytest.mark.parametrize("act", ["mul", "mask", "last example", "clamp", "relu", "weight", "pre-hook", "model hook"])
 def test_what_else_happens_to_the_last_layer_happens_at_every_draw(act):
     model, x = After(act).double(), torch.randn(4, 3, dtype=torch.float64)
     if act == "pre-hook":
