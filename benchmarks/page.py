@@ -53,7 +53,8 @@ alone would allow. Where the peer has no backend, lapkit's own time stands alone
 How far these can go: an exact fit of all layers needs one backward pass for each class but one, for both
 libraries, and laplace-torch's fastest backends are near that for small networks; the last layer is fitted in
 about the time of the forward passes, as is its predictive. Convolutions need the Jacobian of every example in
-the predictive, which is most of the time there.
+the predictive, which is most of the time there. On the transformer the peer's AsdlGGN counts positions as examples:
+its diagonal, fitted in less time than lapkit's, is not that of the GGN.
 """
 
 UCI = """## Published numbers
