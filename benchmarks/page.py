@@ -54,7 +54,7 @@ How far these can go: an exact fit of all layers needs one backward pass for eac
 libraries, and laplace-torch's fastest backends are near that for small networks; the last layer is fitted in
 about the time of the forward passes, as is its predictive. Convolutions need the Jacobian of every example in
 the predictive, which is most of the time there. On the transformer the peer's AsdlGGN counts positions as examples:
-its diagonal, fitted in less time than lapkit's, is not that of the GGN.
+its diagonal is not that of the GGN.
 """
 
 UCI = """## Published numbers
