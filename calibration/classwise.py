@@ -12,7 +12,7 @@ from torch import Tensor
 from lapkit.calibration.binning import Binning, assign_bins, check_bins
 from lapkit.calibration.curves import ReliabilityCurve
 from lapkit.calibration.inputs import Array, as_labels, as_probabilities
-from lapkit.calibration.metrics import Metric, RowMetric, SumMetric
+from lapkit.calibration.metrics import Metric, Result, RowMetric, SumMetric
 from lapkit.calibration.reliability import EqualMass, bin_sums, curve_of_sums
 
 Curves: TypeAlias = tuple[ReliabilityCurve, ...]
@@ -43,10 +43,8 @@ class ClasswiseReliability(SumMetric[Curves]):
             `(3, C, M)` float64: number, sum of probabilities, number that came true.
         """
         rows, occurred = class_events(predictions, targets)
-        _, index = assign_bins(rows, bins=self.bins, binning="equal_width")
         classes = rows.shape[1]
-        index = index + self.bins * torch.arange(classes, device=rows.device)
-        sums = bin_sums(index.reshape(-1), rows.reshape(-1), occurred.reshape(-1), self.bins * classes)
+        sums = bin_sums(class_bins(rows, self.bins), rows.reshape(-1), occurred.reshape(-1), self.bins * classes)
         return sums.reshape(3, classes, self.bins)
 
     def finish(self, summary: Tensor) -> Curves:
@@ -62,21 +60,8 @@ class ClasswiseReliability(SumMetric[Curves]):
         return tuple(curve_of_sums(edges, sums) for sums in summary.unbind(dim=1))
 
 
-@final
-@dataclass(frozen=True)
-class ClasswiseEqualMass(RowMetric[Curves]):
-    """The reliability curve of each class in bins of equal count: these need all probabilities, and keep them.
-
-    Args:
-        bins: number of bins M.
-        threshold: probabilities up to here are left out, of each class by itself; -1 leaves out none.
-    """
-
-    bins: int = 15
-    threshold: float = -1.0
-
-    def __post_init__(self) -> None:
-        check_bins(self.bins)
+class ClassEventMetric(RowMetric[Result]):
+    """A metric of every class against the others, which keeps all probabilities."""
 
     def summarise(self, predictions: Any, targets: Any) -> Tensor:
         """All probabilities and what occurred; see `Metric.summarise`.
@@ -89,6 +74,23 @@ class ClasswiseEqualMass(RowMetric[Curves]):
             `(N, 2, C)` float64.
         """
         return torch.stack(class_events(predictions, targets), dim=1)
+
+
+@final
+@dataclass(frozen=True)
+class ClasswiseEqualMass(ClassEventMetric[Curves]):
+    """The reliability curve of each class in bins of equal count: these need all probabilities, and keep them.
+
+    Args:
+        bins: number of bins M.
+        threshold: probabilities up to here are left out, of each class by itself; -1 leaves out none.
+    """
+
+    bins: int = 15
+    threshold: float = -1.0
+
+    def __post_init__(self) -> None:
+        check_bins(self.bins)
 
     def finish(self, summary: Tensor) -> Curves:
         """The curves; see `Metric.finish`.
@@ -125,6 +127,20 @@ def class_events(probabilities: Array, labels: Array) -> tuple[Tensor, Tensor]:
     rows = as_probabilities(probabilities)
     targets = as_labels(labels, rows)
     return rows, torch.zeros_like(rows).scatter(1, targets[:, None], 1.0)
+
+
+def class_bins(rows: Tensor, bins: int) -> Tensor:
+    """The bin of equal width of every probability, numbered class after class.
+
+    Args:
+        rows: checked probabilities `(N, C)`.
+        bins: number of bins M.
+
+    Returns:
+        `(N C,)`, in [0, C M).
+    """
+    _, index = assign_bins(rows, bins=bins, binning="equal_width")
+    return (index + bins * torch.arange(rows.shape[1], device=rows.device)).reshape(-1)
 
 
 def classwise_reliability_curves(

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, final
+from typing import Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
 
-from lapkit.calibration.classwise import class_events
+from lapkit.calibration.classwise import ClassEventMetric
 from lapkit.calibration.inputs import Array
-from lapkit.calibration.metrics import RowMetric
 from lapkit.calibration.pairs import Ranked, event
 
 Score: TypeAlias = Literal["brier", "log"]
@@ -96,20 +95,8 @@ class Corp:
 
 @final
 @dataclass(frozen=True)
-class ClasswiseCorp(RowMetric[ScoreDecomposition]):
+class ClasswiseCorp(ClassEventMetric[ScoreDecomposition]):
     """The CORP decomposition of the Brier score over all classes: it keeps all probabilities."""
-
-    def summarise(self, predictions: Any, targets: Any) -> Tensor:
-        """All probabilities and what occurred; see `Metric.summarise`.
-
-        Args:
-            predictions: `(N, C)` class probabilities.
-            targets: `(N,)` labels.
-
-        Returns:
-            `(N, 2, C)` float64.
-        """
-        return torch.stack(class_events(predictions, targets), dim=1)
 
     def finish(self, summary: Tensor) -> ScoreDecomposition:
         """The sum of the classes' decompositions; see `Metric.finish`.

@@ -11,8 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lapkit.calibration.binning import assign_bins, check_bins
-from lapkit.calibration.classwise import class_events
+from lapkit.calibration.binning import check_bins
+from lapkit.calibration.classwise import class_bins, class_events
 from lapkit.calibration.inputs import Array
 from lapkit.calibration.metrics import SumMetric
 
@@ -68,9 +68,7 @@ class Murphy(SumMetric[MurphyDecomposition]):
             `(5, C, M)` float64: number, and sums of p, y, p^2 and p y.
         """
         p, y = class_events(predictions, targets)
-        _, index = assign_bins(p, bins=self.bins, binning="equal_width")
-        classes = p.shape[1]
-        index = (index + self.bins * torch.arange(classes, device=p.device)).reshape(-1)
+        classes, index = p.shape[1], class_bins(p, self.bins)
         sums = [
             torch.bincount(index, weights=values.reshape(-1), minlength=self.bins * classes)
             for values in (torch.ones_like(p), p, y, p.square(), p * y)
