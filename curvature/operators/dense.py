@@ -99,13 +99,9 @@ class Dense(SymmetricOperator):
             return root.mT @ root if root.shape[1] < self.size else self.matrix.double()
 
     @property
-    def _eps(self) -> float:
-        """Round-off of the type that the matrix was made in."""
-        return torch.finfo((self.source or self).dtype).eps
-
-    @property
     def _rounding(self) -> float:
-        return rounding(self.size, self._eps)
+        """Of the type that the matrix was made in, relative to the diagonal."""
+        return rounding(self.size, torch.finfo((self.source or self).dtype).eps)
 
     def diagonal(self) -> Tensor:
         """See `SymmetricOperator.diagonal`."""
@@ -129,8 +125,7 @@ class Dense(SymmetricOperator):
         """`log det(I + D^{-1/2} A D^{-1/2})`, whose eigenvalues are at least one however far the shifts are apart."""
         delta = delta.double()  # in float64 the quotient of a large entry and a tiny shift is finite, and its gradient
         if self.matrix.requires_grad:
-            root = delta.expand(self.size).rsqrt()
-            ratio = logdet_from_one(_plus_one(root[:, None] * self.matrix.double() * root))
+            ratio = _scaled_ratio(self.matrix.double(), delta.expand(self.size))
         elif delta.ndim == 0:
             lost = bool((self.matrix.diagonal().double() >= UNBEARABLE * delta).any())  # of the shift, in the sum
             ratio = log_det_ratio_of(self.spectrum, delta) if lost else self._ratio_of_one(delta)
@@ -158,8 +153,7 @@ class Dense(SymmetricOperator):
             return log_det_one_plus(delta.reciprocal(), self._root)
         if self._root.shape[1] < self.size:
             return logdet_from_one(_plus_one(self._root.mT @ (self._root / delta[:, None])))
-        root = delta.rsqrt()
-        return logdet_from_one(_plus_one(root[:, None] * self._core * root))
+        return _scaled_ratio(self._core, delta)
 
     @cached_property
     def _root(self) -> Tensor:
@@ -208,6 +202,12 @@ class Dense(SymmetricOperator):
 
     def _inverse_root_transpose(self, vectors: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self.cholesky.T, vectors, upper=True)
+
+
+def _scaled_ratio(matrix: Tensor, delta: Tensor) -> Tensor:
+    """`log det(I + D^{-1/2} A D^{-1/2})` by a Cholesky factor; delta `(P,)`."""
+    root = delta.rsqrt()
+    return logdet_from_one(_plus_one(root[:, None] * matrix * root))
 
 
 def _plus_one(matrix: Tensor) -> Tensor:
