@@ -15,9 +15,11 @@ memory    the peak over what was resident before, of a fit to 256 inputs and of 
 The peer takes its fastest backend in each row, found by a trial; "inputs" are how many it fits or predicts within a few
 seconds. lapkit fits as many, and predicts all of them in batches of 128 or in one call, of which the time is scaled to
 that number. The peer predicts in batches of the best size out of 2, 16, 128 and all. Its tuning is scaled from fewer
-steps where 100 take long. A row says `-` where no backend of the peer can do it. `limit` is the ratio that the forward
-pass of the network alone would reach, without which there are neither predictions nor a fit of the last layer. On a
-machine that does other work, use `--clock cpu` and OMP_NUM_THREADS=1.
+steps where 100 take long. A row says `-` where no backend of the peer can do it. `limit` is the ratio that would be
+reached by what cannot be left out: of the last layer the forward pass of the network alone, of all layers the
+multiplications of the forward pass, of the backward passes of nine columns (of ten in predictions) and of what they
+are contracted with, at the speed of a gradient pass. On a machine that does other work, use `--clock cpu` and
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ from laplace_torch_sides import (
     ratio,
     rows,
 )
+from problems import gradient_pass
 from timing import CLOCKS, medians, parser, report, seconds
+
+from lapkit.curvature.inspection import inspection
 
 warnings.filterwarnings("ignore")
 
@@ -62,10 +67,21 @@ class Row:
         backend, failed = fastest(self.model, self.x, self.y, weights, structure, self.timed)
         self.record |= {"backend": backend, "failed": failed}
         run = torch.no_grad()(lambda: self.model(self.x[:BATCH]))
-        self.forward = min(self.timed(run) for _ in range(5)) / len(self.x[:BATCH])  # seconds for each input
+        self.least = dict.fromkeys(("fit", "predict"), self.each(run))  # seconds for each input
+        if weights == "all":
+            chosen = [p for p in self.model.parameters() if p.requires_grad]
+            gradient = self.each(gradient_pass(self.model, self.x[:BATCH], self.y[:BATCH], chosen))
+            count = inspection(self.model, self.x[:BATCH])
+            columns = count.columns - 1  # of the exact GGN of classes; Jacobians have one for each
+            self.least["fit"] = gradient * count.gradients(structure, columns)
+            self.least["predict"] = gradient * count.gradients("diag")
         self.makes = {"lapkit": partial(ours, self.model, weights, structure)}
         if backend is not None:
             self.makes["peer"] = partial(peer, backend, self.model, weights, structure)
+
+    def each(self, job):
+        """Seconds for each input of a batch."""
+        return min(self.timed(job) for _ in range(5)) / len(self.x[:BATCH])
 
     def turns(self, jobs):
         """Medians of jobs in turn; what takes long is done once."""
@@ -155,8 +171,8 @@ class Row:
         self.record[job] = {"inputs": inputs, **spent}
         if "peer" in spent:
             self.record[job]["ratio"] = ratio(spent)
-        if "peer" in spent and (job == "predict" or (job == "fit" and self.record["weights"] == "last_layer")):
-            self.record[job]["limit"] = spent["peer"] / (self.forward * inputs)
+        if "peer" in spent and job in self.least:
+            self.record[job]["limit"] = spent["peer"] / (self.least[job] * inputs)
 
 
 def time_table(options):

@@ -46,15 +46,14 @@ PRODUCTS = """## Matrix-free products, in gradient passes
 PEER = """## Beside laplace-torch 0.3
 
 `benchmarks/laplace_torch.py`: an MLP 784-256-256-10, 3c3d, ResNet-20 and a transformer of 4 layers, all with
-exact curvature. The peer takes its fastest backend and its best batch size in each row. A figure is how many
-times faster lapkit is, or how many times less memory it takes; in brackets what the forward pass of the network
-alone would allow. Where the peer has no backend, lapkit's own time stands alone.
+exact curvature. The peer takes, in each row, its best batch size and the fastest of its backends that have the same
+matrix (AsdlGGN takes the positions of sequences for examples, BackPackGGN those of convolutions). A figure is how
+many times faster lapkit is, or how many times less memory it takes.
 
-How far these can go: an exact fit of all layers needs one backward pass for each class but one, for both
-libraries, and laplace-torch's fastest backends are near that for small networks; the last layer is fitted in
-about the time of the forward passes, as is its predictive. Convolutions need the Jacobian of every example in
-the predictive, which is most of the time there. On the transformer the peer's AsdlGGN counts positions as examples:
-its diagonal is not that of the GGN.
+In brackets is the most that could be reached. For the last layer that is nothing but the forward pass of the network.
+For all layers it is the multiplications that cannot be left out, at the speed of a gradient: the forward pass, a
+backward pass for each class (in a fit, but one), and what comes back contracted. Both libraries have to do these, and
+draws of the network's weights are forward passes for both.
 """
 
 UCI = """## Published numbers

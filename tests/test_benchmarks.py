@@ -59,6 +59,8 @@ def test_every_job_is_timed_beside_the_peer(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text())
     assert [(row["weights"], row["structure"]) for row in found["times"]] == [("all", "kron"), ("last_layer", "kron")]
+    assert found["times"][0]["backend"] == "CurvlinopsGGN"
+    assert "Another matrix" in found["times"][0]["failed"]["AsdlGGN"]
     for row in found["times"]:
         assert row["backend"] in ("CurvlinopsGGN", "AsdlGGN")  # the third refuses frozen weights
         for job in ("fit", "evidence", "tuning", "again", "predict", "sampled"):

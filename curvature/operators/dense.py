@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,8 +16,10 @@ from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.operators.graded import (
     UNBEARABLE,
     log_det_one_plus,
+    log_det_one_plus_over,
     pivoted_cholesky,
     rounding,
+    without_rounding,
 )
 from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
 from lapkit.curvature.operators.operator import SymmetricOperator, logdet_from_one
@@ -86,17 +89,14 @@ class Dense(SymmetricOperator):
         if self.source is not None:
             return self.source.spectrum.to(self.device)
         with torch.inference_mode(False):  # as all that is kept: gradients may be asked for later
-            values = torch.linalg.eigvalsh(self._core).clamp_min(0)
-            return torch.cat([values.new_zeros(self.size - len(values)), values])
+            core = torch.from_numpy(self._core())
+            rank = int(core.diagonal().count_nonzero())
+            values = torch.linalg.eigvalsh(core[:rank, :rank].to(self.device)).clamp_min(0)
+            return torch.cat([values.new_zeros(self.size - rank), values])
 
-    @cached_property
-    def _core(self) -> Tensor:
-        """The matrix in float64, or a smaller one with the eigenvalues of it that are more than round-off."""
-        if self.source is not None:
-            return self.source._core.to(self.device)
-        with torch.inference_mode(False):
-            root = self._root
-            return root.mT @ root if root.shape[1] < self.size else self.matrix.double()
+    def _core(self) -> np.ndarray:
+        """A matrix for the caller to overwrite, with those eigenvalues that are more than round-off."""
+        return without_rounding(self.matrix, self._rounding)
 
     @property
     def _rounding(self) -> float:
@@ -141,26 +141,33 @@ class Dense(SymmetricOperator):
         shared, number = self.source or self, float(delta.detach())
         if number in shared.memo and not delta.requires_grad:
             return shared.memo[number].to(self.device)
-        if shared.memo or "spectrum" in vars(shared):
-            return log_det_ratio_of(self.spectrum, delta)
-        found = logdet_from_one(_plus_one(self._core / delta))
-        shared.memo[number] = found.detach().to(shared.device)
-        return found
+        if not (shared.memo or delta.requires_grad or "spectrum" in vars(shared)):
+            found = log_det_one_plus_over(shared._core(), number)
+            if found is not None:
+                with torch.inference_mode(False):
+                    shared.memo[number] = torch.tensor(found, dtype=torch.float64, device=shared.device)
+                return shared.memo[number].to(self.device)
+        return log_det_ratio_of(self.spectrum, delta)
 
     def _ratio_of_several(self, delta: Tensor) -> Tensor:
         """For a number for each weight, by elimination where the identity would be lost in the sum."""
+        root, matrix = self._root, (self.source or self).matrix.to(self.device)
         if (self.matrix.diagonal().double() >= UNBEARABLE * delta).any():
-            return log_det_one_plus(delta.reciprocal(), self._root)
-        if self._root.shape[1] < self.size:
-            return logdet_from_one(_plus_one(self._root.mT @ (self._root / delta[:, None])))
-        return _scaled_ratio(self._core, delta)
+            columns = pivoted_cholesky(matrix, self._rounding) if root is None else root
+            return log_det_one_plus(delta.reciprocal(), columns)
+        if root is None:
+            return _scaled_ratio(matrix.double(), delta)
+        return logdet_from_one(_plus_one(root.mT @ (root / delta[:, None])))
 
     @cached_property
-    def _root(self) -> Tensor:
-        """`V` with `V V^T` the matrix without round-off, in float64."""
-        shared = self.source or self
+    def _root(self) -> Tensor | None:
+        """`V` with `V V^T` the matrix without round-off, in float64, where its columns are fewer than the rows."""
+        if self.source is not None:
+            root = self.source._root
+            return root if root is None else root.to(self.device)
         with torch.inference_mode(False):
-            return pivoted_cholesky(shared.matrix, self._rounding).to(self.device)
+            root = pivoted_cholesky(self.matrix, self._rounding)
+            return root if root.shape[1] < self.size else None
 
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""

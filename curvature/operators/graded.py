@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dpstrf
+from scipy.linalg.lapack import dlauum, dpotrf, dpstrf
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -112,21 +112,74 @@ def pivoted_cholesky(matrix: Tensor, tolerance: float) -> Tensor:
         >>> pivoted_cholesky(torch.ones(3, 3), 1e-6).shape
         torch.Size([3, 1])
     """
-    scale, lower, order, pivots = _pivoted(matrix, tolerance)
-    columns = torch.from_numpy(lower[:, :pivots]).tril()
-    out = torch.empty_like(columns)
-    out[torch.from_numpy(order).long() - 1] = columns
-    return scale[:, None] * out.to(scale)
+    scale, lower, order, rank = _pivoted(matrix, tolerance)
+    out = torch.empty(len(matrix), rank, dtype=torch.float64)
+    out[order] = torch.from_numpy(lower.T[:rank]).triu_().mT
+    return out.mul_(scale[:, None]).to(matrix.device)
 
 
-def _pivoted(matrix: Tensor, tolerance: float) -> tuple[Tensor, np.ndarray, np.ndarray, int]:
-    """Roots of the diagonal, and of the matrix scaled by them the factor, the order of its rows, and its rank."""
-    scale = matrix.detach().diagonal().double().clamp_min(0).sqrt()
+def without_rounding(matrix: Tensor, tolerance: float) -> np.ndarray:
+    """A matrix with those eigenvalues of a positive semi-definite one that are more than round-off, and perhaps zeros.
+
+    It is `V^T V` with the columns of `pivoted_cholesky` where they are fewer than the rows, and the matrix itself else.
+    Many columns are overwritten by it, so that one matrix in float64 is all that it takes.
+
+    Args:
+        matrix: finite, `(P, P)`.
+        tolerance: of pivots, relative to the diagonal.
+
+    Returns:
+        `(n, n)` with `n <= P`, in float64 and ordered by columns, as LAPACK wants it. Its lower triangle counts; zeros
+        come last.
+
+    Example:
+        >>> without_rounding(torch.ones(3, 3), 1e-6).tolist()
+        [[3.0]]
+    """
+    scale, lower, order, rank = _pivoted(matrix, tolerance)
+    size = len(matrix)
+    if rank == size:
+        del lower
+        return matrix.detach().to("cpu", torch.float64, copy=True).numpy().T
+    rows = torch.from_numpy(lower.T)[: rank if 2 * rank < size else size].mul_(scale[order])
+    if 2 * rank < size:
+        rows.triu_()
+        return (rows @ rows.mT).numpy().T
+    rows[rank:] = 0
+    product, _ = dlauum(lower, lower=1, overwrite_c=1)
+    return product
+
+
+def log_det_one_plus_over(matrix: np.ndarray, delta: float) -> float | None:
+    """`log det(I + A / delta)` by a Cholesky factor in the place of A, or None where there is none.
+
+    Args:
+        matrix: positive semi-definite, of which the lower triangle counts; overwritten.
+        delta: positive.
+
+    Example:
+        >>> log_det_one_plus_over(np.ones((1, 1)), 1.0)
+        0.6931...
+    """
+    if not len(matrix):
+        return 0.0
+    matrix /= delta
+    matrix[np.diag_indices_from(matrix)] += 1
+    factor, failed = dpotrf(matrix, lower=1, clean=0, overwrite_a=1)
+    return None if failed else 2 * float(np.log(factor.diagonal()).sum())
+
+
+def _pivoted(matrix: Tensor, tolerance: float) -> tuple[Tensor, np.ndarray, Tensor, int]:
+    """Roots of the diagonal, and of the matrix scaled by them the factor, the order of its rows, and its rank.
+
+    On the processor, as PyTorch has no such factorisation.
+    """
+    scale = matrix.detach().diagonal().to("cpu", torch.float64).clamp_min(0).sqrt()
     inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
-    scaled = matrix.detach().to(torch.float64, copy=True).mul_(inverse).mul_(inverse[:, None])
+    scaled = matrix.detach().to("cpu", torch.float64, copy=True).mul_(inverse).mul_(inverse[:, None])
     # LAPACK counts by columns: of a symmetric matrix the transpose is the same, and needs no copy.
-    lower, order, pivots, _ = dpstrf(scaled.cpu().numpy().T, lower=1, tol=tolerance, overwrite_a=1)
-    return scale, lower, order, int(pivots)
+    lower, order, rank, _ = dpstrf(scaled.numpy().T, lower=1, tol=tolerance, overwrite_a=1)
+    return scale, lower, torch.from_numpy(order).long() - 1, int(rank)
 
 
 def rounding(size: int, eps: float) -> float:

@@ -201,8 +201,8 @@ class BlockSum(CurvatureSum):
     main: ClassVar[str] = "block"
 
     def operator(self) -> BlockDiagonal:
-        """One dense block for each parameter."""
-        return BlockDiagonal(tuple(Dense(block.clone()) for block in self.part("block").values()))
+        """One dense block for each parameter, which shares the tensors of this sum."""
+        return BlockDiagonal(tuple(Dense(block) for block in self.part("block").values()))
 
 
 @final
@@ -239,8 +239,8 @@ class DenseSum(CurvatureSum):
     """H itself, one tensor `matrix`."""
 
     def operator(self) -> Dense:
-        """The matrix."""
-        return Dense(self.tensors["matrix"].clone())
+        """The matrix, which shares the tensor of this sum."""
+        return Dense(self.tensors["matrix"])
 
 
 @final

@@ -3,12 +3,19 @@
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 from lapkit.curvature import BlockDiagonal, Dense, Kronecker, KroneckerProduct, LowRank
 from lapkit.curvature.operators import woodbury
-from lapkit.curvature.operators.graded import cleared, log_det_one_plus, pivoted_cholesky
+from lapkit.curvature.operators.graded import (
+    cleared,
+    log_det_one_plus,
+    log_det_one_plus_over,
+    pivoted_cholesky,
+    without_rounding,
+)
 
 SIZES = (4, 1, 6, 3)
 PRIORS = {
@@ -239,13 +246,31 @@ def test_the_first_determinant_needs_no_eigenvalues(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_ways_have_one_slope(dtype):
-    operator = Dense(positive().to(dtype))
-    slopes = []
-    for _ in range(2):
-        delta = torch.tensor(0.7, requires_grad=True)
-        slopes.append(torch.autograd.grad(operator.logdet_ratio(delta), delta)[0])
-    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=0)
+def test_its_slope(dtype):
+    matrix = positive()
+    delta = torch.tensor(0.7, requires_grad=True)
+    slope = torch.autograd.grad(Dense(matrix.to(dtype)).logdet_ratio(delta), delta)[0]
+    wanted = float(torch.linalg.inv(matrix + 0.7 * torch.eye(14)).trace()) - 14 / 0.7
+    assert float(slope) == pytest.approx(wanted, rel=1e-5 if dtype == torch.float32 else 1e-6)  # delta is single
+
+
+@pytest.mark.parametrize("rank", [0, 1, 6, 7, 11, 14])
+def test_a_matrix_without_its_rounding(rank):
+    """In one piece of memory where the rank is high; both ways keep the eigenvalues, in the lower triangle."""
+    V = torch.randn(14, rank, dtype=torch.float64) * torch.logspace(-2, 2, 14, dtype=torch.float64)[:, None]
+    matrix, values = V @ V.T, torch.linalg.svdvals(V).square()
+    found = without_rounding(matrix, 1e-12)
+    lower = torch.from_numpy(found).tril()
+    wanted = torch.nn.functional.pad(values.flip(0), (len(found) - rank, 0))
+    scale = float(values.sum()) or 1.0
+    torch.testing.assert_close(torch.linalg.eigvalsh(lower), wanted, rtol=0, atol=1e-10 * scale)
+    assert int(np.count_nonzero(found.diagonal())) == rank
+    ratio = float(torch.log1p(values / 3.0).sum())
+    assert log_det_one_plus_over(found, 3.0) == pytest.approx(ratio, rel=1e-10)
+
+
+def test_no_factor_of_what_is_not_positive():
+    assert log_det_one_plus_over(-np.ones((1, 1)), 0.5) is None
 
 
 def test_columns_of_a_matrix():

@@ -200,6 +200,43 @@ def test_traces_of_convolutions_stay_near_the_exact_ones():
     assert theirs[2:] == pytest.approx(ours[2:], rel=1e-8)  # a linear layer is the same for all
 
 
+class Sequences(nn.Module):
+    """A classifier of three classes of sequences: its first layer is shared by all positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).tanh().mean(1))
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-full backward hook:FutureWarning")
+def test_positions_of_sequences_are_no_examples():
+    """ASDL sees N T examples in a layer that is shared by T positions; curvlinops sees N, as we do.
+
+    Its diagonal is `sum_nt` of squares, and not `sum_n` of the squared sums over t, which the GGN has. Its Kronecker
+    block is T times too large: that of sums over all positions, `(sum_nt g g^T) (x) (sum_nt a a^T)`, divided by N.
+    """
+    from laplace.curvature import AsdlGGN, CurvlinopsGGN
+
+    positions, case = 6, Case("mlp", "classification")
+    case.net, case.x = Sequences(), torch.randn(13, positions, 3)
+    case.loader = DataLoader(TensorDataset(case.x, case.y), batch_size=5)
+    shared, prior = slice(12), DELTA * torch.eye(12)
+    exact = case.ours("full").fitted.curvature.to_dense()[shared, shared]
+    diagonal = case.ours("diag").fitted.curvature.diagonal()[shared]
+    close(diagonal, exact.diagonal())
+    close(case.theirs("diag", backend=CurvlinopsGGN).posterior_precision[shared] - DELTA, diagonal)
+    asdl = case.theirs("diag", backend=AsdlGGN).posterior_precision[shared] - DELTA
+    assert (asdl - diagonal).norm() > 0.2 * diagonal.norm(), "laplace-torch has changed"
+
+    block = case.ours("kron").fitted.curvature.to_dense()[shared, shared]
+    close(dense(case.theirs("kron", backend=CurvlinopsGGN).posterior_precision)[shared, shared] - prior, block)
+    asdl = dense(case.theirs("kron", backend=AsdlGGN).posterior_precision)[shared, shared] - prior
+    close(asdl, positions * block, rtol=1e-7)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_evidence_at_a_temperature_tempers_the_normaliser_too(temperature):
     """`p(y|f)^(1/T)` of a Gaussian has the constant `-log(noise sqrt(2 pi)) / T`; theirs keeps it as it is at T = 1.
