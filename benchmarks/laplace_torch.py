@@ -8,7 +8,8 @@ factors have no form for them. All curvatures are the exact GGN.
 
 fit       from the network to the curvature; `evidence` adds the first evidence, with the eigenvectors it needs.
 tuning    of one prior precision by the evidence, with the defaults of each; `again` is one more evidence.
-predict   class probabilities by the probit link, of the linearised network; `sampled` of the network at 5 weights.
+predict   class probabilities by the probit link, of the linearised network; `sampled` of the network at draws of its
+          weights: 5 of all layers, a forward pass each, and 100, the default, of the last one.
 memory    the peak over what was resident before, of a fit to 256 inputs and of predictions for 16 (the last layer:
           256), in fresh processes.
 
@@ -52,7 +53,7 @@ from lapkit.curvature.inspection import inspection
 
 warnings.filterwarnings("ignore")
 
-INPUTS, SAMPLES, TUNING_STEPS = 2000, 5, 100
+INPUTS, TUNING_STEPS, SAMPLES = 2000, 100, {"all": 5, "last_layer": 100}
 LIMIT = 4.0  # seconds that the peer may take for a job
 ROOM = 2**29  # bytes for the Jacobians of the peer, which makes many copies of them
 
@@ -86,10 +87,9 @@ class Row:
     def turns(self, jobs):
         """Medians of jobs in turn; what takes long is done once."""
         once = {name: self.timed(job) for name, job in jobs.items()}
-        if sum(once.values()) > LIMIT / 2:
-            return once
-        repeats = min(self.options.repeats, int(LIMIT / sum(once.values())))
-        return medians(jobs, repeats, "cpu", self.options.clock)
+        return (
+            once if sum(once.values()) > 2 * LIMIT else medians(jobs, self.options.repeats, "cpu", self.options.clock)
+        )
 
     def fits(self):
         """Fit, and fit with the first evidence, of as many batches as the peer has time for; the last ones fitted."""
@@ -145,9 +145,8 @@ class Row:
             spent = {"lapkit": spent["lapkit"] * inputs / len(self.x), "peer": each * inputs}
         self.add("predict", spent, inputs)
         few = self.x[:256]
-        sampled = {
-            name: partial(la, few, pred_type="nn", link_approx="mc", n_samples=SAMPLES) for name, la in found.items()
-        }
+        options = {"pred_type": "nn", "link_approx": "mc", "n_samples": SAMPLES[self.record["weights"]]}
+        sampled = {name: partial(la, few, **options) for name, la in found.items()}
         self.add("sampled", self.turns(sampled), len(few))
 
     def predicted(self, la, size):

@@ -16,7 +16,7 @@ JOBS = {
     "evidence": "fit and first evidence",
     "tuning": "tuning one prior precision",
     "predict": "linearised predictive",
-    "sampled": "network at 5 weights",
+    "sampled": "network at draws of its weights",
     "memory": "peak memory",
 }
 
@@ -52,8 +52,8 @@ many times faster lapkit is, or how many times less memory it takes.
 
 In brackets is the most that could be reached. For the last layer that is nothing but the forward pass of the network.
 For all layers it is the multiplications that cannot be left out, at the speed of a gradient: the forward pass, a
-backward pass for each class (in a fit, but one), and what comes back contracted. Both libraries have to do these, and
-draws of the network's weights are forward passes for both.
+backward pass for each class (in a fit, but one), and what comes back contracted. Both libraries have to do these.
+Draws are 5 of all layers, each a forward pass for both, and 100, the default of both, of the last one.
 """
 
 UCI = """## Published numbers

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,6 +20,7 @@ from lapkit.posteriors.gaussian import GaussianPosterior
 
 FEW = 2  # examples that tell whether the last module can be run alone
 PIECE = 2**26  # numbers of drawn weights at a time; fixed, since what a generator gives depends on it
+OUTPUTS = 2**22  # numbers of outputs at several draws of a linear layer that are computed at once
 
 
 class _Caller(nn.Module):
@@ -34,6 +37,7 @@ class _Caller(nn.Module):
         self.model, self.engine = engine.model.get_submodule(prefix), engine
         self.forward_fn = None if prefix else engine.forward_fn
         self.skipped, self.x = len(prefix) + 1 if prefix else 0, x
+        self.linear: nn.Linear | None = None
 
     def forward(self) -> Tensor:
         """Outputs `(N, *, C)`."""
@@ -43,6 +47,25 @@ class _Caller(nn.Module):
         """Outputs at other weights, by their names in the whole model."""
         given = {f"model.{name[self.skipped :]}": weight for name, weight in weights.items()}
         return summable(functional_call(self, given, ()))
+
+    def outputs(self, weights: Tensor) -> Iterator[Tensor]:
+        """At each of several draws `(S, P)`; of a linear layer, some together in one product."""
+        layer = self.linear
+        if layer is None:
+            yield from (self.at(_named(self.engine, row)) for row in weights)
+            return
+        for some in weights.split(max(1, OUTPUTS // (self.x.shape[:-1].numel() * len(layer.weight)))):
+            given = {name[self.skipped :]: part for name, part in _named(self.engine, some).items()}
+            found = F.linear(self.x, given["weight"].flatten(0, 1)).unflatten(-1, given["weight"].shape[:2])
+            bias = given.get("bias", layer.bias)
+            found = found if bias is None else found + bias
+            yield from (summable(canonical(f, self.engine.output_axis)) for f in found.unbind(-2))
+
+
+def _named(engine: Engine, weights: Tensor) -> dict[str, Tensor]:
+    """Draws of the weights that the Jacobians are in, `(*, P)`, as tensors `(*, *shape)` of the parameters' types."""
+    parts = zip(engine.parameters.split(engine.complete(weights)).items(), engine.parameters.tensors, strict=True)
+    return {name: part.to(p.dtype) for (name, part), p in parts}
 
 
 def _caller(engine: Engine, x: Any, n_samples: int) -> _Caller:
@@ -70,7 +93,13 @@ def _caller(engine: Engine, x: Any, n_samples: int) -> _Caller:
     given, named, output, versions = calls[0] if len(calls) == 1 else ((), {}, None, [])
     alone = output is returned and len(given) == 1 and isinstance(given[0], Tensor) and not named
     if alone and not given[0].requires_grad and versions == [given[0]._version, output._version]:
-        return _Caller(engine, prefix, given[0])
+        last = _Caller(engine, prefix, given[0])
+        last = _Caller(engine, prefix, given[0])
+        if type(last.model) is nn.Linear and f"{prefix}.weight" in engine.parameters.names:
+            product = F.linear(last.x, last.model.weight, last.model.bias)
+            # Else there are hooks, or autocast, or a weight that is made of others.
+            last.linear = last.model if product.dtype == output.dtype and torch.equal(product, output) else None
+        return last
     return whole
 
 
@@ -102,17 +131,15 @@ def network_outputs(engine: Engine, x: Any, weights: Tensor) -> Iterator[Tensor]
     Yields:
         S times `(N, C)` or `(N, T, C)`.
     """
-    parameters = engine.parameters
-    x = to_device(x, parameters.device)
+    x = to_device(x, engine.parameters.device)
+    weights = weights.contiguous()  # a draw's numbers side by side, as products like them
     caller = _caller(engine, x, len(weights))
-    for number, row in enumerate(weights.contiguous().unbind()):  # a draw's numbers side by side, as products like them
-        parts = zip(parameters.split(engine.complete(row)).items(), parameters.tensors, strict=True)
-        given = {name: part.to(p.dtype) for (name, part), p in parts}
-        found = caller.at(given)
-        if number == 0 and caller.skipped and not _same(engine, x, given, found):
-            caller = _Caller(engine, "", x)
-            found = caller.at(given)
-        yield found
+    found = caller.outputs(weights)
+    if caller.skipped:
+        first = next(found)
+        same = _same(engine, x, _named(engine, weights[0]), first)
+        found = chain([first], found) if same else _Caller(engine, "", x).outputs(weights)
+    yield from found
 
 
 def sampled_outputs(

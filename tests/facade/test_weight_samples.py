@@ -217,8 +217,35 @@ def test_the_body_runs_once_only_where_the_last_layer_ends_the_network(how, pass
     model.calls = 0
     with borrowed(model, parameters), torch.no_grad():
         found = torch.stack(list(network_outputs(engine, x, weights)))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert model.calls == passes
+
+
+@pytest.mark.parametrize("names", [["2.weight", "2.bias"], ["2.weight"], ["2.bias"]])
+@pytest.mark.parametrize(("axes", "bias"), [((4,), True), ((4, 5), True), ((4, 2, 3), True), ((4,), False)])
+@pytest.mark.parametrize("room", [1, 50, 2**22])
+def test_draws_of_a_linear_last_layer_are_products_of_some_together(names, axes, bias, room, monkeypatch):
+    if not bias and "2.bias" in names:
+        names = ["2.weight"]
+    monkeypatch.setattr(weight_samples, "OUTPUTS", room)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2, bias=bias)).double()
+    x, parameters = torch.randn(*axes, 3, dtype=torch.float64), Parameters.of(model, names)
+    weights = torch.randn(7, parameters.numel, dtype=torch.float64)
+    expected = outputs_at(model, names, weights, x)
+    axis = -1 if len(axes) == 3 else None
+    with borrowed(model, parameters), torch.no_grad():
+        found = torch.stack(list(network_outputs(Engine(model, parameters, output_axis=axis), x, weights)))
+    torch.testing.assert_close(found, expected.flatten(2, -2) if len(axes) > 1 else expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_hook_of_a_linear_last_layer_is_called_at_every_draw():
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(4, 3).double()
+    model[2].register_forward_hook(lambda module, given, out: out.tanh())
+    weights, parameters = torch.randn(5, 10, dtype=torch.float64), Parameters.of(model, ["2"])
+    expected = outputs_at(model, parameters.names, weights, x)
+    with borrowed(model, parameters), torch.no_grad():
+        found = torch.stack(list(network_outputs(Engine(model, parameters), x, weights)))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 class After(nn.Module):
