@@ -85,11 +85,13 @@ class Row:
         return min(self.timed(job) for _ in range(5)) / len(self.x[:BATCH])
 
     def turns(self, jobs):
-        """Medians of jobs in turn; what takes long is done once."""
+        """Medians of jobs in turn, of more turns where they are short; what takes long is done once."""
         once = {name: self.timed(job) for name, job in jobs.items()}
-        return (
-            once if sum(once.values()) > 2 * LIMIT else medians(jobs, self.options.repeats, "cpu", self.options.clock)
-        )
+        total = sum(once.values())
+        if total > 2 * LIMIT:
+            return once
+        turns = self.options.repeats if self.options.quick else max(self.options.repeats, min(25, int(1 / total)))
+        return medians(jobs, turns, "cpu", self.options.clock)
 
     def fits(self):
         """Fit, and fit with the first evidence, of as many batches as the peer has time for; the last ones fitted."""
