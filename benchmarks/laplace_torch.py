@@ -26,6 +26,7 @@ OMP_NUM_THREADS=1.
 from __future__ import annotations
 
 import math
+import resource
 import statistics
 import warnings
 from functools import partial
@@ -56,6 +57,7 @@ warnings.filterwarnings("ignore")
 INPUTS, TUNING_STEPS, SAMPLES = 2000, 100, {"all": 5, "last_layer": 100}
 LIMIT = 4.0  # seconds that the peer may take for a job
 ROOM = 2**29  # bytes for the Jacobians of the peer, which makes many copies of them
+MOST = 2**34  # bytes of address space: what takes more fails, and is tried in smaller batches
 
 
 class Row:
@@ -65,8 +67,9 @@ class Row:
         self.options, self.record = options, {"network": network, "weights": weights, "structure": structure}
         self.model, self.x, self.y = problem(network, 64 if options.quick else INPUTS)
         self.timed = partial(seconds, device="cpu", clock=options.clock)
-        backend, failed = fastest(self.model, self.x, self.y, weights, structure, self.timed)
-        self.record |= {"backend": backend, "failed": failed}
+        backend, batch, failed = fastest(self.model, self.x, self.y, weights, structure, self.timed)
+        self.record |= {"backend": backend, "batch": batch, "failed": failed}
+        self.batches = {"lapkit": BATCH, "peer": batch}
         run = torch.no_grad()(lambda: self.model(self.x[:BATCH]))
         self.least = dict.fromkeys(("fit", "predict"), self.each(run))  # seconds for each input
         if weights == "all":
@@ -97,9 +100,10 @@ class Row:
         """Fit, and fit with the first evidence, of as many batches as the peer has time for; the last ones fitted."""
         inputs = min(BATCH, len(self.x))
         if "peer" in self.makes:
-            one = self.timed(lambda: fitted(self.makes["peer"], loader(self.x[:inputs], self.y[:inputs])))
+            some = loader(self.x[:inputs], self.y[:inputs], self.batches["peer"])
+            one = self.timed(lambda: fitted(self.makes["peer"], some))
             inputs *= max(1, min(math.ceil(len(self.x) / inputs), int(LIMIT / one)))
-        data = loader(self.x[:inputs], self.y[:inputs])
+        data = {name: loader(self.x[:inputs], self.y[:inputs], self.batches[name]) for name in self.makes}
         clock, spent = CLOCKS[self.options.clock], {name: [] for name in self.makes}
         found = {name: fitted(make, loader(self.x[:16], self.y[:16])) for name, make in self.makes.items()}  # warms up
         for turn in range(self.options.repeats):
@@ -107,7 +111,7 @@ class Row:
                 break
             for name, make in self.makes.items():
                 start = clock()
-                found[name] = fitted(make, data)
+                found[name] = fitted(make, data[name])
                 middle = clock()
                 found[name].log_marginal_likelihood()
                 spent[name].append((middle - start, clock() - start))
@@ -192,6 +196,7 @@ def time_table(options):
 
 
 def main():
+    resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST))
     options = parser(__doc__)
     options.set_defaults(repeats=3)
     options.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))

@@ -11,7 +11,7 @@ import sys
 import warnings
 from functools import partial
 
-from laplace_torch_sides import HEAD, fastest, loader, ours, peer, print_row, problem, ratio, rows
+from laplace_torch_sides import BATCH, HEAD, fastest, loader, ours, peer, print_row, problem, ratio, rows
 from timing import seconds
 from vivit_memory import memory
 
@@ -28,13 +28,13 @@ def peak(job):
     return memory("VmHWM") - before
 
 
-def probe(backend, network, weights, structure, fit_inputs, predicted):
+def probe(backend, batch, network, weights, structure, fit_inputs, predicted):
     """In a process of its own; what is loaded late is loaded by a small problem of the same kind."""
 
     def jobs(inputs, some):
         model, x, y = problem(network, max(inputs, some))
         la = ours(model, weights, structure) if backend is None else peer(backend, model, weights, structure)
-        yield lambda: (la.fit(loader(x[:inputs], y[:inputs])), la.log_marginal_likelihood())
+        yield lambda: (la.fit(loader(x[:inputs], y[:inputs], batch)), la.log_marginal_likelihood())
         yield lambda: la(x[:some], link_approx="probit")
 
     for job in jobs(2, 2):
@@ -56,11 +56,12 @@ def memory_table(options):
         few = 16 if options.quick else 256
         given = {"network": network, "weights": weights, "structure": structure}
         sizes = {"fit_inputs": few, "predicted": 16 if weights == "all" else few}
-        model, x, y = problem(network, 16)
-        backend, _ = fastest(model, x, y, weights, structure, partial(seconds, device="cpu"))
-        record, found = given | {"backend": backend}, {"lapkit": in_fresh_process(backend=None, **given, **sizes)}
+        model, x, y = problem(network, BATCH)
+        backend, batch, _ = fastest(model, x, y, weights, structure, partial(seconds, device="cpu"))
+        own = in_fresh_process(backend=None, batch=BATCH, **given, **sizes)
+        record, found = given | {"backend": backend, "batch": batch}, {"lapkit": own}
         if backend is not None:
-            found["peer"] = in_fresh_process(backend=backend, **given, **sizes)
+            found["peer"] = in_fresh_process(backend=backend, batch=batch, **given, **sizes)
         spent = {name: max(values) for name, values in found.items()}
         record["parts"] = found
         record["memory"] = {"inputs": None, **spent} | ({"ratio": ratio(spent)} if "peer" in spent else {})

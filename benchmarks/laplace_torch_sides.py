@@ -22,6 +22,7 @@ NETWORKS = {
 STRUCTURES = [("all", "kron"), ("all", "diag"), ("last_layer", "full"), ("last_layer", "kron"), ("last_layer", "diag")]
 BACKENDS = ("CurvlinopsGGN", "BackPackGGN", "AsdlGGN")
 BATCH = 128
+BATCHES = (BATCH, 16, 2)  # of the peer, which keeps all Jacobians of a batch
 BARS = {"fit": 3, "evidence": 1, "predict": 50, "tuning": 50, "again": 1, "sampled": 1, "memory": 5}
 LAST_LAYER_FIT = 10
 
@@ -36,9 +37,9 @@ def problem(network, inputs):
     return model, torch.randn(inputs, *shape), torch.randint(0, 10, (inputs,))
 
 
-def loader(x, y):
+def loader(x, y, batch=BATCH):
     data = TensorDataset(x, y)
-    return DataLoader(data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), BATCH, drop_last=False))
+    return DataLoader(data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), batch, drop_last=False))
 
 
 def ours(model, weights, structure):
@@ -61,33 +62,41 @@ def fitted(make, data):
 
 
 def fastest(model, x, y, weights, structure, timed):
-    """The backend with which the peer fits a batch in the least time, None if there is none, and why others fail.
+    """The backend with which the peer fits in the least time and its batch size, and why others fail.
 
-    All are tried with 16 inputs, and those that are not far behind with a whole batch. What has another matrix does
-    not count: sequences and convolutions for which positions are taken for examples. Biases of shared layers, which
-    only lapkit has exactly, make up to a fifth of the determinant.
+    All are tried with 16 inputs, and those that are not far behind with a whole batch, or where that does not fit into
+    the memory with smaller ones. What has another matrix does not count: sequences and convolutions for which positions
+    are taken for examples. Biases of shared layers, which only lapkit has exactly, make up to a fifth of the
+    determinant.
     """
-    few, failed = {}, {}
+    few, failed, found = {}, {}, {}
 
-    def spent(backend, inputs):
+    def spent(backend, inputs, batch=BATCH):
         make = partial(peer, backend, model, weights, structure)
-        found = []
-        time = timed(lambda: found.append(fitted(make, loader(x[:inputs], y[:inputs]))))
-        return time, found[0]
+        found.clear()
+        return timed(lambda: found.update(la=fitted(make, loader(x[:inputs], y[:inputs], batch))))
 
-    wanted = fitted(partial(ours, model, weights, structure), loader(x[:16], y[:16])).log_det_ratio
+    wanted = float(fitted(partial(ours, model, weights, structure), loader(x[:16], y[:16])).log_det_ratio)
     for backend in BACKENDS:
         try:
-            (_, la), (few[backend], _) = spent(backend, 16), spent(backend, 16)  # the first warms up
+            few[backend] = min(spent(backend, 16) for _ in range(2))  # the first warms up
+            log_det = float(found["la"].log_det_ratio)
         except Exception as error:
             failed[backend] = f"{type(error).__name__}: {error}".split("\n")[0]
             continue
-        if not 2 / 3 < float(la.log_det_ratio / wanted) < 3 / 2:
-            failed[backend] = f"Another matrix: its log det ratio is {float(la.log_det_ratio):.4g}, not {wanted:.4g}"
+        if not 2 / 3 < log_det / wanted < 3 / 2:
+            failed[backend] = f"Another matrix: its log det ratio is {log_det:.4g}, not {wanted:.4g}"
             del few[backend]
-    near = [backend for backend, found in few.items() if found < 5 * min(few.values())]
-    best = min(near, key=lambda backend: spent(backend, BATCH)[0]) if len(near) > 1 else next(iter(near), None)
-    return best, failed
+    near = {}
+    for backend in [b for b, time in few.items() if time < 5 * min(few.values())]:
+        for batch in BATCHES:
+            try:
+                near[backend, batch] = spent(backend, BATCH, batch)
+                break
+            except (RuntimeError, MemoryError) as error:  # there is not the room
+                failed[backend, batch] = str(error)[:80]
+    found.clear()
+    return (*min(near, key=near.get, default=(None, BATCH)), {str(name): why for name, why in failed.items()})
 
 
 def ratio(spent):

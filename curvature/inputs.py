@@ -40,10 +40,15 @@ def check_batches(data: Any) -> None:
     """Refuse what gives examples one at a time, or is a batch itself.
 
     Raises:
-        TypeError: if the data is none, a data set without a loader, or tensors or arrays.
+        TypeError: if the data is none, a data set without a loader, tensors or arrays, or a function.
     """
     if data is None:
         raise TypeError("The data is None; expected a data loader or a list of batches.")
+    if callable(data) and not isinstance(data, Iterable):
+        raise TypeError(
+            f"The data is {data!r:.80}; expected a data loader or a list of batches. If it makes batches, call it, "
+            "list(batches()), since some methods read the data more than once."
+        )
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise TypeError(
             f"The data is a {type(data).__name__}, which gives one example at a time; expected batches. Wrap it: "

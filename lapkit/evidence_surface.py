@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -32,6 +33,7 @@ class EvidenceSurface:
         hyper_prior: over each precision.
         eigenvalues: of the curvature, in float64, where they are known and there is one group: then nothing else of
             the curvature is looked at, which may be in any type.
+        tick: called at each evaluation that takes a determinant, to show progress.
     """
 
     fit: Fit
@@ -42,6 +44,7 @@ class EvidenceSurface:
     temperature: float = 1.0
     hyper_prior: Gamma | None = None
     eigenvalues: Tensor | None = None
+    tick: Callable[[], object] | None = None
 
     @cached_property
     def squares(self) -> Tensor:
@@ -90,6 +93,8 @@ class EvidenceSurface:
         """`log det P - log det P0`."""
         if self.eigenvalues is not None:
             return log_det_ratio_of(self.eigenvalues, self.shift(logs))
+        if self.tick is not None:
+            self.tick()
         prior = GaussianPrior(self.precision(logs))
         return log_det_ratio(self.fit, self.noise(logs), prior, self.temperature)
 

@@ -82,7 +82,12 @@ class LinearizedNetwork:
         return torch.stack(losses).sum()
 
     def mode(
-        self, likelihood: Likelihood, prior: GaussianPrior, temperature: float, start: Tensor
+        self,
+        likelihood: Likelihood,
+        prior: GaussianPrior,
+        temperature: float,
+        start: Tensor,
+        tick: Callable[[], object] | None = None,
     ) -> tuple[Tensor, bool]:
         """The MAP estimate, by Newton's method; and whether it was reached.
 
@@ -99,6 +104,8 @@ class LinearizedNetwork:
 
         weights = start
         for _ in range(NEWTON_STEPS):
+            if tick is not None:
+                tick()
             gradient = scale * self._gradient(likelihood, weights) + precision * (weights - centre)
             product = self._curvature(likelihood, weights)
             system = lambda v, product=product: scale * product(v) + precision * v  # noqa: E731
@@ -165,6 +172,7 @@ def refit(
     temperature: float = 1.0,
     rounds: int = 100,
     tolerance: float = 1e-8,
+    tick: Callable[[], object] | None = None,
 ) -> Refit:
     """Find the mode of the linearised network and its hyper-parameters in turn, each given the other.
 
@@ -183,6 +191,7 @@ def refit(
         temperature: of the likelihood.
         rounds: at most.
         tolerance: in the evidence, relative, between rounds.
+        tick: called at each step of Newton's method, to show progress.
 
     Returns:
         Mode and hyper-parameters.
@@ -196,7 +205,7 @@ def refit(
     network = LinearizedNetwork.of(engine, fit, likelihood, data)
     weights, last = fit.mean, None
     for number in range(1, rounds + 1):
-        weights, reached = network.mode(likelihood, prior, temperature, weights)
+        weights, reached = network.mode(likelihood, prior, temperature, weights, tick)
         moved = replace(fit, mean=weights, loss=network.loss(likelihood, weights))
         found = tune(moved, likelihood, prior)
         prior, likelihood = found.prior, found.likelihood

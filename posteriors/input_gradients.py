@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.jacobians.jacobian import summable
@@ -25,10 +25,9 @@ class _Solve(torch.autograd.Function):
         return precision.solve(rows.T).T
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
         """The same map, which is symmetric."""
-        return ctx.precision.solve(cotangents[0].T).T, None
+        return _Solve.apply(cotangents[0], ctx.precision), None
 
 
 def differentiable_rows(engine: Engine, x: Tensor) -> tuple[Tensor, Tensor]:

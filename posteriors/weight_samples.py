@@ -94,7 +94,6 @@ def _caller(engine: Engine, x: Any, n_samples: int) -> _Caller:
     alone = output is returned and len(given) == 1 and isinstance(given[0], Tensor) and not named
     if alone and not given[0].requires_grad and versions == [given[0]._version, output._version]:
         last = _Caller(engine, prefix, given[0])
-        last = _Caller(engine, prefix, given[0])
         if type(last.model) is nn.Linear and f"{prefix}.weight" in engine.parameters.names:
             product = F.linear(last.x, last.model.weight, last.model.bias)
             # Else there are hooks, or autocast, or a weight that is made of others.

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from scipy.linalg.lapack import dlauum, dpotrf, dpstrf
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 UNBEARABLE = 1e10  # a quotient of curvature and prior; beyond, too few digits are left of the identity in their sum
 HOPELESS = 1e25  # likewise; beyond, rounding of the columns themselves may exceed the identity
@@ -81,8 +80,12 @@ class _LogDetOnePlus(torch.autograd.Function):
         return 2 * (packed.diagonal().abs().log().sum() + root.diagonal().log().sum())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Where prior precisions lie ten orders of magnitude below the curvature, a log determinant has "
+                "one derivative here, no second one. Take it without create_graph=True, or use larger precisions."
+            )
         weights, leverages = ctx.saved_tensors
         return gradient * leverages / weights, None
 

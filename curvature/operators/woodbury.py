@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lapkit.curvature.jacobians.conversion import converted, floating_type
 from lapkit.curvature.jacobians.jacobian import Jacobian
@@ -381,7 +380,10 @@ class Woodbury(SymmetricOperator):
 
 
 class _WeightedGram(torch.autograd.Function):
-    """A weighted Gram matrix whose graph holds nothing of the size of V."""
+    """A weighted Gram matrix whose graph holds nothing of the size of V.
+
+    It is linear in the weights, and its derivative is the adjoint, whose derivative is this again.
+    """
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, operator: Woodbury) -> Tensor:
@@ -389,9 +391,21 @@ class _WeightedGram(torch.autograd.Function):
         return operator._weighted_gram(weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.operator._weighted_gram_backward((gradient + gradient.mT) / 2), None
+        return _WeightedGramAdjoint.apply((gradient + gradient.mT) / 2, ctx.operator), None
+
+
+class _WeightedGramAdjoint(torch.autograd.Function):
+    """`diag(V M V^T)` of a symmetric M, `(P,)`."""
+
+    @staticmethod
+    def forward(ctx: Any, middle: Tensor, operator: Woodbury) -> Tensor:
+        ctx.operator = operator
+        return operator._weighted_gram_backward(middle)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _WeightedGram.apply(gradient, ctx.operator), None
 
 
 def _positive(diagonal: Tensor) -> Tensor:

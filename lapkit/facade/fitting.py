@@ -122,6 +122,7 @@ class Fitting(ABC):
                 sums, totals = added(self._sums[0], sums, random), self._sums[1] + totals
             self._adopt(weights, sums, totals, likelihood)
         _warn_of_size(self.fitted.curvature)
+        _warn_of_silence(self.fitted)
         return self
 
     def _adopt(self, weights: Weights, sums: CurvatureSum, totals: Totals, likelihood: Likelihood) -> None:
@@ -218,6 +219,17 @@ class Fitting(ABC):
     def _weights(self) -> Weights:
         """The random weights: of whole tensors, or single ones."""
         return self.fitted.parameters if self._subnetwork is None else self._subnetwork
+
+
+def _warn_of_silence(fit: Fit) -> None:
+    """Say that the posterior is the prior."""
+    if not fit.loss and not fit.curvature.trace():
+        warnings.warn(
+            f"The {float(fit.count):g} examples say nothing of the weights: loss and curvature are exactly zero. "
+            "Either no label counts (all are -100, or all weights of examples are zero), or the network gives every "
+            "label a probability of one to all digits.",
+            stacklevel=callers_level(),
+        )
 
 
 def _warn_of_size(curvature: SymmetricOperator) -> None:

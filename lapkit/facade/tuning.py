@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Gamma
+from tqdm import tqdm
 
 from lapkit.choices import PRIOR_STRUCTURES, choice
 from lapkit.curvature import Parameters
 from lapkit.curvature.callers import callers_level
-from lapkit.evidence_search import OPTIMIZERS, group_sizes
+from lapkit.evidence_search import OPTIMIZERS, Found, Search, group_sizes
+from lapkit.evidence_surface import EvidenceSurface
 from lapkit.facade.functions import Functions
 from lapkit.facade.output_noise import tune_output_noise
 from lapkit.grid_search import Loss, Score, grid_search, log_grid, score_of, warn_at_edge
@@ -51,6 +53,7 @@ class Tuning(Functions):
         link_approx: str = "probit",
         n_samples: int = 100,
         generator: torch.Generator | None = None,
+        progress_bar: bool = False,
     ) -> Selection:
         """Set the prior precision to the one under which the data are most probable, or held-out data.
 
@@ -85,6 +88,7 @@ class Tuning(Functions):
             link_approx: for classes, as for predictions.
             n_samples: of "mc" and "qmc".
             generator: of "mc" and "qmc"; all precisions see the same numbers.
+            progress_bar: count batches of a grid search, and steps of a search that factors a matrix at each of them.
 
         Returns:
             How the search went; the best values are set.
@@ -103,36 +107,39 @@ class Tuning(Functions):
                 )
             link = choice(LINKS, link_approx, "link_approx")
             score = score_of(self.likelihood, loss, link, n_samples, generator)
-            return self._on_grid(val_loader, log_grid(bounds, grid_size), score)
+            batches = tqdm(val_loader, desc="grid search", leave=False) if progress_bar else val_loader
+            return self._on_grid(batches, log_grid(bounds, grid_size), score)
         if val_loader is not None or loss is not None:
             raise ValueError("val_loader and loss belong to method='gridsearch'; the evidence needs no held-out data.")
         search = choice(OPTIMIZERS, optimizer, "optimizer")
         structure = choice(PRIOR_STRUCTURES, prior_structure, "prior_structure")
-        tune = partial(
-            maximize_evidence,
-            groups=group_sizes(self.fitted, structure),
-            search=search,
-            tune_noise=tune_noise and noise_loader is None,
-            temperature=self.temperature,
-            n_steps=n_steps,
-            bounds=bounds,
-            noise_bounds=noise_bounds,
-            hyper_prior=hyper_prior,
-            left_out=Parameters.of(self.model).numel - self.fitted.parameters.numel if tune_noise else 0,
-        )
-        found_all = True
-        if noise_loader is not None:
-            if not tune_noise or refit_loader is not None:
-                raise ValueError("noise_loader belongs to tune_noise=True, without refit_loader.")
-            other = copy.copy(self)  # which is fitted again and again; an error leaves this one as it is
-            found_all = tune_output_noise(other, noise_loader, tune, n_steps, noise_bounds)
-            vars(self).update(vars(other))
-        given = self.fitted, self.likelihood, self.prior
-        if refit_loader is None:
-            found = tune(*given)
-        else:
-            engine = self._checked_engine()
-            found = refit(engine, *given, refit_loader, tune, temperature=self.temperature).selection
+        with tqdm(desc="prior precision", unit="step", disable=not progress_bar, leave=False) as bar:
+            tune = partial(
+                maximize_evidence,
+                groups=group_sizes(self.fitted, structure),
+                search=_watched(search, bar),
+                tune_noise=tune_noise and noise_loader is None,
+                temperature=self.temperature,
+                n_steps=n_steps,
+                bounds=bounds,
+                noise_bounds=noise_bounds,
+                hyper_prior=hyper_prior,
+                left_out=Parameters.of(self.model).numel - self.fitted.parameters.numel if tune_noise else 0,
+            )
+            found_all = True
+            if noise_loader is not None:
+                if not tune_noise or refit_loader is not None:
+                    raise ValueError("noise_loader belongs to tune_noise=True, without refit_loader.")
+                other = copy.copy(self)  # which is fitted again and again; an error leaves this one as it is
+                found_all = tune_output_noise(other, noise_loader, tune, n_steps, noise_bounds)
+                vars(self).update(vars(other))
+            given = self.fitted, self.likelihood, self.prior
+            if refit_loader is None:
+                found = tune(*given)
+            else:
+                engine = self._checked_engine()
+                options = {"temperature": self.temperature, "tick": bar.update}
+                found = refit(engine, *given, refit_loader, tune, **options).selection
         self.prior, self._likelihood = found.prior, found.likelihood
         found = replace(found, converged=found.converged and found_all)
         if not found.converged and found.slope > STEEP and n_steps >= STEPS:  # who asks for fewer expects no maximum
@@ -160,3 +167,12 @@ class Tuning(Functions):
             effective=(self.n_params - self.prior_precision * self.posterior.variance.sum()).reshape(1),
             grid=grid,
         )
+
+
+def _watched(search: Search, bar: tqdm[Any]) -> Search:
+    """The same search, which counts its evaluations."""
+
+    def run(surface: EvidenceSurface, *given: Any) -> Found:
+        return search(replace(surface, tick=bar.update), *given)
+
+    return run

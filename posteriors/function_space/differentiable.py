@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.jacobians.jacobian import DenseJacobian, NetworkJacobian
@@ -36,9 +36,17 @@ class _OfInputs(torch.autograd.Function):
         return f.detach(), jacobian.detach()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
-        """The derivative in x."""
+        """The derivative in x.
+
+        Raises:
+            RuntimeError: if its graph is asked for.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "What the linearised network says has one derivative in its inputs, no second one. Take it without "
+                "create_graph=True."
+            )
         pairs = [(result, u) for result, u in zip(ctx.results, cotangents, strict=True) if result.requires_grad]
         if not pairs:
             return torch.zeros_like(ctx.leaf), None

@@ -254,6 +254,29 @@ def test_its_slope(dtype):
     assert float(slope) == pytest.approx(wanted, rel=1e-5 if dtype == torch.float32 else 1e-6)  # delta is single
 
 
+@pytest.mark.parametrize("rank", [5, 20])
+def test_two_derivatives_in_all_shifts(rank):
+    """Against autograd through the determinant itself."""
+    V, delta = torch.randn(14, rank, dtype=torch.float64), torch.rand(14, dtype=torch.float64) + 0.5
+    matrix = V @ V.T
+
+    def wanted(d):
+        return torch.logdet(matrix + d.diag()) - d.log().sum()
+
+    for operator in (Dense(matrix), LowRank(V, sizes=[14])):
+        for derivative in (torch.autograd.functional.jacobian, torch.autograd.functional.hessian):
+            torch.testing.assert_close(derivative(operator.logdet_ratio, delta), derivative(wanted, delta))
+
+
+def test_at_extremes_a_second_derivative_is_refused():
+    """Rather than left out, as autograd does with a function that says it has none."""
+    for operator in (Dense(positive()), LowRank(columns(4), sizes=SIZES)):
+        delta = torch.full((14,), 1e-14, requires_grad=True)
+        assert torch.isfinite(torch.autograd.grad(operator.logdet_ratio(delta), delta)[0]).all()
+        with pytest.raises(RuntimeError, match="no second one"):
+            torch.autograd.grad(operator.logdet_ratio(delta), delta, create_graph=True)
+
+
 @pytest.mark.parametrize("rank", [0, 1, 6, 7, 11, 14])
 def test_a_matrix_without_its_rounding(rank):
     """In one piece of memory where the rank is high; both ways keep the eigenvalues, in the lower triangle."""

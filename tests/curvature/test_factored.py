@@ -162,8 +162,13 @@ def test_determinants_and_their_gradients(case):
         exact = torch.linalg.slogdet(matrix + torch.diag(diagonal)).logabsdet - diagonal.log().sum()
         found = operator.logdet_ratio(leaf, operator.groups)
         close(found, exact)
-        one, two = torch.autograd.grad(found, leaf)[0], torch.autograd.grad(exact, other)[0]
+        one, two = (
+            torch.autograd.grad(value, at, create_graph=True)[0] for value, at in ((found, leaf), (exact, other))
+        )
         close(one, two, rtol=1e-8)
+        direction = torch.linspace(1, 2, max(1, leaf.numel())).reshape(leaf.shape)
+        second = (torch.autograd.grad((g * direction).sum(), at)[0] for g, at in ((one, leaf), (two, other)))
+        close(*second, rtol=1e-8)
 
 
 def test_scale_and_a_second_shift(case):

@@ -116,6 +116,7 @@ def test_batches_that_are_none():
     refused(TypeError, "looks like one batch.*For a single batch give", (x, y))
     refused(TypeError, "looks like one batch", {"input": x, "labels": y})
     refused(TypeError, "looks like one batch", (x.numpy(), y.numpy()))
+    refused(TypeError, r"function.*call it, list\(batches\(\)\)", lambda: iter([(x, y)]))
     with pytest.raises(TypeError, match="data is None"):
         compute(model(), Categorical(), None, WANTED)
 

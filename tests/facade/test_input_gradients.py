@@ -39,6 +39,13 @@ CASES = [("kron", name) for name in PREDICTIONS]
 CASES += [(structure, name) for structure in STRUCTURES for name in ("covariance", "joint", "functions")]
 
 
+def test_a_second_derivative_in_the_inputs_is_refused():
+    case, la = fitted()
+    x = case.new_x[:2].clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no second one"):
+        torch.autograd.grad(la(x)[1].sum(), x, create_graph=True)
+
+
 @pytest.mark.parametrize(("structure", "name"), dict.fromkeys(CASES))
 def test_gradients_in_the_inputs_are_finite_differences(structure, name):
     predict = PREDICTIONS[name]

@@ -259,3 +259,27 @@ def test_a_curvature_that_is_not_finite_is_refused():
     la = Laplace(model, "regression", "all", "full").fit([(x, torch.randn(20, 1))])
     with pytest.raises(ValueError, match="evidence is not finite"):
         la.optimize_prior_precision()
+
+
+# -- progress
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "options", "word"),
+    [
+        ("classification", {"prior_structure": "layerwise"}, "prior precision"),
+        ("classification", {"refit_loader": True}, "prior precision"),
+        ("regression", {"method": "gridsearch", "val_loader": True}, "grid search"),
+        ("regression", {"tune_noise": True, "optimizer": "mackay"}, "prior precision"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The smallest prior precision of the grid:UserWarning")  # of a few random numbers
+def test_progress_is_shown_where_it_is_asked_for(kind, options, word, wanted, capsys):
+    case = problem(kind)
+    la = Laplace(case.model, kind, "all", "full").fit(case.data)
+    options = {name: list(case.data) if name.endswith("_loader") else value for name, value in options.items()}
+    la.optimize_prior_precision(**options, progress_bar=wanted)
+    shown = capsys.readouterr().err
+    assert (word in shown) == wanted
+    assert wanted or not shown

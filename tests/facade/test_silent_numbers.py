@@ -149,3 +149,17 @@ def test_noises_of_outputs_need_steps_and_bounds(options):
     la = Laplace(nn.Linear(3, 2), PerOutputGaussian(torch.ones(2)), "all", "full").fit(data)
     with pytest.raises(ValueError, match="at least one step, and noise bounds that ascend"):
         la.optimize_prior_precision(tune_noise=True, noise_loader=data, **options)
+
+
+def test_data_that_say_nothing_are_spoken_of():
+    model, x = nn.Linear(3, 2), torch.randn(5, 3)
+    for y, w in ((torch.full((5,), -100), torch.ones(5)), (torch.arange(5) % 2, torch.zeros(5))):
+        with pytest.warns(UserWarning, match="say nothing of the weights.*no label counts"):
+            la = Laplace(model, "classification", "all", "kron").fit([(x, y, w)])
+        torch.testing.assert_close(la.posterior_variance, torch.ones(8))  # the prior's
+    sure = nn.Linear(3, 2)
+    with torch.no_grad():
+        sure.weight.zero_()
+        sure.bias.copy_(torch.tensor([1e4, 0.0]))
+    with pytest.warns(UserWarning, match="a probability of one to all digits"):
+        Laplace(sure, "classification", "all", "diag").fit([(x, torch.zeros(5, dtype=torch.long))])

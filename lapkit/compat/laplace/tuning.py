@@ -54,7 +54,7 @@ class Tuning(BaseLaplace):
             link_approx: for "gridsearch".
             n_samples: for "gridsearch".
             verbose: print the result.
-            progress_bar: not read: both take a pass over the data at most.
+            progress_bar: show one.
             log_prior_prec_base: of the exponents.
 
         Raises:
@@ -65,7 +65,7 @@ class Tuning(BaseLaplace):
                 notice("lr is not read: the maximum of the evidence is found by L-BFGS.", stacklevel=3)
             if val_loader is not None:
                 notice("val_loader is not read by method='marglik', which needs no held-out data.", stacklevel=3)
-            self._by_evidence(n_steps, init_prior_prec, PriorStructure(prior_structure))
+            self._by_evidence(n_steps, init_prior_prec, PriorStructure(prior_structure), progress_bar)
         elif PredType(pred_type) is PredType.NN:
             raise ValueError(
                 "A grid search is over the linearised predictive, pred_type='glm': its Jacobians serve all precisions."
@@ -81,17 +81,18 @@ class Tuning(BaseLaplace):
                 grid_size=grid_size,
                 link_approx=LinkApprox(link_approx).value,
                 n_samples=n_samples,
+                progress_bar=progress_bar,
             )
         if verbose:
             print(f"Optimized prior precision is {self.prior_precision}.")
 
-    def _by_evidence(self, n_steps: int, start: float | Tensor, structure: PriorStructure) -> None:
+    def _by_evidence(self, n_steps: int, start: float | Tensor, structure: PriorStructure, progress_bar: bool) -> None:
         """The maximum of the evidence."""
         self.laplace.prior_precision = start
         precisions, tensors = torch.as_tensor(start).numel(), len(self.laplace.fitted.parameters.sizes)
         if precisions > 1:
             structure = PriorStructure.LAYERWISE if precisions == tensors else PriorStructure.DIAG
-        self.laplace.optimize_prior_precision("marglik", structure.value, n_steps=n_steps)
+        self.laplace.optimize_prior_precision("marglik", structure.value, n_steps=n_steps, progress_bar=progress_bar)
 
     def _of_distribution(self, loss: Callable[..., Any]) -> Loss:
         """The reference's form of a loss, of numbers, as a loss of the predictive distribution."""
