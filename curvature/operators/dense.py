@@ -151,23 +151,26 @@ class Dense(SymmetricOperator):
 
     def _ratio_of_several(self, delta: Tensor) -> Tensor:
         """For a number for each weight, by elimination where the identity would be lost in the sum."""
-        root, matrix = self._root, (self.source or self).matrix.to(self.device)
+        kept, few = self._certain
         if (self.matrix.diagonal().double() >= UNBEARABLE * delta).any():
-            columns = pivoted_cholesky(matrix, self._rounding) if root is None else root
-            return log_det_one_plus(delta.reciprocal(), columns)
-        if root is None:
-            return _scaled_ratio(matrix.double(), delta)
-        return logdet_from_one(_plus_one(root.mT @ (root / delta[:, None])))
+            given = (self.source or self).matrix.to(self.device)
+            return log_det_one_plus(delta.reciprocal(), kept if few else pivoted_cholesky(given, self._rounding))
+        if few:
+            return logdet_from_one(_plus_one(kept.mT @ (kept / delta[:, None])))
+        return _scaled_ratio(kept, delta)
 
     @cached_property
-    def _root(self) -> Tensor | None:
-        """`V` with `V V^T` the matrix without round-off, in float64, where its columns are fewer than the rows."""
+    def _certain(self) -> tuple[Tensor, bool]:
+        """Without round-off, in float64: columns `V` with `V V^T` where they are few, or the matrix; and whether."""
         if self.source is not None:
-            root = self.source._root
-            return root if root is None else root.to(self.device)
+            kept, few = self.source._certain
+            return kept.to(self.device), few
         with torch.inference_mode(False):
-            root = pivoted_cholesky(self.matrix, self._rounding)
-            return root if root.shape[1] < self.size else None
+            columns = pivoted_cholesky(self.matrix, self._rounding)
+            rank = columns.shape[1]
+            if 2 * rank < self.size:
+                return columns, True
+            return self.matrix.double() if rank == self.size else columns @ columns.mT, False
 
     def scale(self, factor: Tensor | float) -> Dense:
         """See `SymmetricOperator.scale`."""
