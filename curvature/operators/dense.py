@@ -21,8 +21,9 @@ from lapkit.curvature.operators.graded import (
     rounding,
     without_rounding,
 )
+from lapkit.curvature.operators.log_det import logdet_from_one
 from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
-from lapkit.curvature.operators.operator import SymmetricOperator, logdet_from_one
+from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.curvature.operators.triangular import inverse_of_lower
 
 NEAR = 2**23  # bytes of an expanded Jacobian that is made and read at once

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.jacobian import Jacobian, LayerJacobian
+from lapkit.curvature.operators.eigenvectors import symmetric_eigh
 from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
-from lapkit.curvature.operators.operator import SymmetricOperator, symmetric_eigh
+from lapkit.curvature.operators.operator import SymmetricOperator
 
 NOT_CLOSED = (
     "The sum of two Kronecker products is none. Add what was accumulated for them, `sums = a.result() + b.result()`, "

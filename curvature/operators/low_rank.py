@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lapkit.curvature.jacobians.conversion import floating_type
 from lapkit.curvature.jacobians.jacobian import Jacobian
-from lapkit.curvature.operators.operator import SymmetricOperator, symmetric_eigh
+from lapkit.curvature.operators.eigenvectors import symmetric_eigh
+from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.curvature.operators.woodbury import Woodbury
 
 PIECE = 2**22  # numbers that are converted to float64 at a time

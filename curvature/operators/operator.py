@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.jacobian import Jacobian
-from lapkit.curvature.operators.graded import cleared, rounding
 
 
 class SymmetricOperator(ABC):
@@ -229,51 +227,3 @@ class SymmetricOperator(ABC):
 def spread(values: Tensor, sizes: Sequence[int]) -> Tensor:
     """One number for each group of consecutive weights, `(L,)`, as one for each weight, `(P,)`."""
     return values.repeat_interleave(torch.tensor(sizes, device=values.device), output_size=sum(sizes))
-
-
-def logdet_from_one(matrix: Tensor) -> Tensor:
-    """`log det` of a symmetric matrix whose eigenvalues are at least one, `I + A` with semi-definite A.
-
-    Beside eigenvalues beyond `1 / eps` those near one are lost in round-off and there is no Cholesky factor. They are
-    one then, to all the digits that the sum has.
-    """
-    factor, failed = torch.linalg.cholesky_ex(matrix.detach())
-    if failed.any():
-        return torch.linalg.eigvalsh(matrix).clamp_min(1).log().sum()
-    found: Tensor = _LogDet.apply(matrix, factor)
-    return found
-
-
-class _LogDet(torch.autograd.Function):
-    """Its derivative is the inverse, which takes a third of what it takes to differentiate the Cholesky factor."""
-
-    @staticmethod
-    def forward(matrix: Tensor, factor: Tensor) -> Tensor:
-        return 2 * factor.diagonal().log().sum()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        matrix, factor = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative is asked for
-            factor = torch.linalg.cholesky(matrix)
-        return gradient * torch.cholesky_inverse(factor), None
-
-
-def symmetric_eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, at least zero, and eigenvectors of positive semi-definite matrices `(*, n, n)`, computed in float64.
-
-    In float32 the round-off of small eigenvalues, of the order of 1e-7 times the largest, would compete with small
-    prior precisions. So does that of the entries, of which an eigenvector u sees `eps u^T diag(A) u`: eigenvalues that
-    are lost in it are cleared.
-    """
-    if matrix.shape[-1] == 1:
-        return matrix[..., 0].clamp_min(0), torch.ones_like(matrix)
-    values, vectors = torch.linalg.eigh(matrix.double())
-    diagonal, eps = matrix.diagonal(dim1=-2, dim2=-1).double(), torch.finfo(matrix.dtype).eps
-    seen = (diagonal[..., None, :] @ vectors.square())[..., 0, :]
-    values = cleared(values, rounding(matrix.shape[-1], eps) * seen)
-    return values.clamp_min(0).to(matrix.dtype), vectors.to(matrix.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property, reduce
 from typing import Any
 
@@ -15,44 +14,12 @@ from lapkit.curvature.jacobians.conversion import converted, floating_type
 from lapkit.curvature.jacobians.jacobian import Jacobian
 from lapkit.curvature.memory import chunk_length, default_budget
 from lapkit.curvature.operators.graded import UNBEARABLE, log_det_one_plus
+from lapkit.curvature.operators.log_det import logdet_from_one
 from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
-from lapkit.curvature.operators.operator import SymmetricOperator, logdet_from_one, spread
+from lapkit.curvature.operators.operator import SymmetricOperator, spread
+from lapkit.curvature.operators.whitened import Whitened
 
 LARGEST = 1e7  # entries of `I + ...` beyond which fewer than nine digits of the identity are left
-
-
-@dataclass(frozen=True, eq=False)
-class Whitened:
-    """`diag(offset)^{-1/2} (factor V V^T)^{1/2}` by its singular values: `A = D^{1/2} (I + U S^2 U^T) D^{1/2}`.
-
-    With orthonormal U the inverse needs no difference of large numbers, only what a vector has outside of U.
-
-    Args:
-        left: `U`, `(P, r)`, in float64.
-        singular: `S`, `(r,)`.
-        right: `(R, r)`.
-    """
-
-    left: Tensor
-    singular: Tensor
-    right: Tensor
-
-    @property
-    def shrinkage(self) -> Tensor:
-        """`(1 + S^2)^{-1/2}`."""
-        return (1 + self.singular.square()).rsqrt()
-
-    def inverse_root(self, vectors: Tensor) -> Tensor:
-        """`(I + U S^2 U^T)^{-1/2} v`, symmetric."""
-        inner = self.left.T @ vectors
-        rest = vectors - self.left @ inner
-        rest = rest - self.left @ (self.left.T @ rest)  # what round-off has left of U
-        return rest + self.left @ (self.shrinkage[:, None] * inner)
-
-    def inverse_diagonal(self) -> Tensor:
-        """The diagonal of `(I + U S^2 U^T)^{-1}`."""
-        squares = self.left.square()
-        return (1 - squares.sum(1)).clamp_min(0) + squares @ self.shrinkage.square()
 
 
 class Woodbury(SymmetricOperator):

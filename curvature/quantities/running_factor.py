@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lapkit.curvature.jacobians.conversion import converted
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, NetworkJacobian
+from lapkit.curvature.operators.eigenvectors import symmetric_eigh
 from lapkit.curvature.operators.graded import pivoted_cholesky
 from lapkit.curvature.operators.low_rank import compressed, gram
-from lapkit.curvature.operators.operator import symmetric_eigh
 from lapkit.curvature.quantities.cross import add_blocks, mirrored
 
 SIDE = 4096  # of the largest matrix whose eigenvectors are computed for a single batch; they cost its cube

@@ -226,8 +226,8 @@ def _warn_of_silence(fit: Fit) -> None:
     if not fit.loss and not fit.curvature.trace():
         warnings.warn(
             f"The {float(fit.count):g} examples say nothing of the weights: loss and curvature are exactly zero. "
-            "Either no label counts (all are -100, or all weights of examples are zero), or the network gives every "
-            "label a probability of one to all digits.",
+            "No label counts (all are -100, or all weights of examples are zero), or the network gives every label a "
+            "probability of one to all digits, or inputs and residuals are zero.",
             stacklevel=callers_level(),
         )
 

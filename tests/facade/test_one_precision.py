@@ -61,12 +61,10 @@ def test_structures_without_known_eigenvalues_are_searched_as_before():
 
 
 def surface(values, weights, hyper_prior=None):
-    """The evidence of weights under a curvature with these eigenvalues, without data."""
-    model = nn.Linear(len(weights), 1, bias=False).double()
+    """The evidence of weights under a curvature with these eigenvalues, without a residual."""
+    model, x = nn.Linear(len(weights), 1, bias=False).double(), torch.ones(1, len(weights), dtype=DOUBLE)
     model.weight.data[0] = torch.tensor(weights, dtype=DOUBLE)
-    la = Laplace(model, "regression", "all", "diag").fit(
-        [(torch.zeros(1, len(weights), dtype=DOUBLE), torch.zeros(1, 1, dtype=DOUBLE))]
-    )
+    la = Laplace(model, "regression", "all", "diag").fit([(x, model(x).detach())])
     eigenvalues = torch.tensor(values, dtype=DOUBLE)
     return EvidenceSurface(
         la.fitted, la.likelihood, 0.0, (len(weights),), hyper_prior=hyper_prior, eigenvalues=eigenvalues

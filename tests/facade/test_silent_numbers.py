@@ -154,7 +154,7 @@ def test_noises_of_outputs_need_steps_and_bounds(options):
 def test_data_that_say_nothing_are_spoken_of():
     model, x = nn.Linear(3, 2), torch.randn(5, 3)
     for y, w in ((torch.full((5,), -100), torch.ones(5)), (torch.arange(5) % 2, torch.zeros(5))):
-        with pytest.warns(UserWarning, match="say nothing of the weights.*no label counts"):
+        with pytest.warns(UserWarning, match="say nothing of the weights.*No label counts"):
             la = Laplace(model, "classification", "all", "kron").fit([(x, y, w)])
         torch.testing.assert_close(la.posterior_variance, torch.ones(8))  # the prior's
     sure = nn.Linear(3, 2)
