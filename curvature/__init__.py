@@ -64,6 +64,8 @@ from lapkit.curvature.products.quadrature import SpectralDensity, spectral_densi
 from lapkit.curvature.products.spectrum import Eigenpairs, largest_eigenpairs, smallest_eigenpairs
 from lapkit.curvature.products.views import linear_operator_view, scipy_view
 from lapkit.curvature.quantities.clipping import ClippedGradients, ClippedTotal
+from lapkit.curvature.quantities.dense import BlockSum, DenseSum, GGNBlocks, GGNDense
+from lapkit.curvature.quantities.diagonal import DiagonalSum, GGNDiagonal
 from lapkit.curvature.quantities.ekfac import EigenvalueSum, EKFACCorrection, ekfac
 from lapkit.curvature.quantities.factored_ggn import FactoredGGN, FactoredSum, LowRankGGN
 from lapkit.curvature.quantities.first_order import (
@@ -84,15 +86,7 @@ from lapkit.curvature.quantities.per_example import (
     GradientNorms,
     Gradients,
 )
-from lapkit.curvature.quantities.quantity import (
-    BlockSum,
-    DenseSum,
-    DiagonalSum,
-    GGNBlocks,
-    GGNDense,
-    GGNDiagonal,
-    Quantity,
-)
+from lapkit.curvature.quantities.quantity import Quantity
 from lapkit.curvature.quantities.results import CurvatureSum, PerExample, Result, Sum
 from lapkit.curvature.quantities.sqrt_ggn import LowRankSum, SqrtGGN
 from lapkit.curvature.spectra.analysis import ViViT

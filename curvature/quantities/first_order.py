@@ -16,7 +16,8 @@ from lapkit.curvature.columns.columns import LossGradient
 from lapkit.curvature.jacobians.conversion import converted
 from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
 from lapkit.curvature.parameters import Parameters
-from lapkit.curvature.quantities.quantity import GGNDense, Quantity, add_to
+from lapkit.curvature.quantities.dense import GGNDense
+from lapkit.curvature.quantities.quantity import Quantity, add_to
 from lapkit.curvature.quantities.results import Sum
 
 if TYPE_CHECKING:

@@ -119,7 +119,7 @@ class Result(ABC):
             KeyError: if there is no tensor of this sort.
 
         Example:
-            >>> from lapkit.curvature.quantities.quantity import DiagonalSum
+            >>> from lapkit.curvature.quantities.diagonal import DiagonalSum
             >>> DiagonalSum({"0.weight": (1,)}, {"value/0.weight": torch.ones(1)}, count=1).by_layer()
             {'0': {'weight': tensor([1.])}}
         """

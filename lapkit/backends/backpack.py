@@ -16,8 +16,9 @@ from torch.fx import GraphModule
 from lapkit.backends.library import Batch, Kernel, Library, Problem
 from lapkit.choices import STRUCTURES
 from lapkit.curvature import GGN, Columns, EmpiricalFisher, MonteCarloGGN
+from lapkit.curvature.quantities.dense import BlockSum, DenseSum
+from lapkit.curvature.quantities.diagonal import DiagonalSum
 from lapkit.curvature.quantities.kfac import KroneckerSum
-from lapkit.curvature.quantities.quantity import BlockSum, DenseSum, DiagonalSum
 from lapkit.curvature.quantities.sqrt_ggn import LowRankSum
 
 # The extension for each curvature.

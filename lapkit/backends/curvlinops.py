@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from lapkit.backends.library import Batch, Kernel, Library, Problem
 from lapkit.choices import STRUCTURES
 from lapkit.curvature import GGN, Columns, EmpiricalFisher, MonteCarloGGN
+from lapkit.curvature.quantities.dense import DenseSum, check_matrices_fit
+from lapkit.curvature.quantities.diagonal import DiagonalSum
 from lapkit.curvature.quantities.ekfac import EigenvalueSum
 from lapkit.curvature.quantities.kfac import KroneckerSum
-from lapkit.curvature.quantities.quantity import DenseSum, DiagonalSum, check_matrices_fit
 
 KINDS: dict[type[Columns], tuple[str, str]] = {  # the operator of the matrix, the type of the factors
     GGN: ("GGNLinearOperator", "type-2"),

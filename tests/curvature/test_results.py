@@ -24,7 +24,7 @@ from lapkit.curvature import (
     accumulate,
     compute,
 )
-from lapkit.curvature.quantities.quantity import DiagonalSum
+from lapkit.curvature.quantities.diagonal import DiagonalSum
 
 
 @pytest.mark.parametrize("cut", [1, 3, 5])
