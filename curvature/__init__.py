@@ -26,7 +26,8 @@ from lapkit.curvature.hessian.hessian_diagonal import HessianDiagonal, hessian_d
 from lapkit.curvature.hessian.kfra import AveragedFactors, kfra
 from lapkit.curvature.inspection import Inspection, inspect, inspection
 from lapkit.curvature.jacobians.embedding import EmbeddingJacobian
-from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian, NetworkJacobian
+from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, LayerJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.jacobians.outer_product import OuterProduct
 from lapkit.curvature.jacobians.routed import RoutedJacobian
 from lapkit.curvature.jacobians.sum_jacobian import SumJacobian

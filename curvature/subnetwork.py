@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lapkit.curvature.capture.backprop import Backprop
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.columns.columns import Columns
-from lapkit.curvature.jacobians.jacobian import LayerJacobian, NetworkJacobian, summable
+from lapkit.curvature.jacobians.jacobian import LayerJacobian, summable
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.curvature.operators.block_diagonal import BlockDiagonal
 from lapkit.curvature.operators.principal import principal

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.inputs import can_be_cut, cut
-from lapkit.curvature.jacobians.jacobian import NetworkJacobian, summable
+from lapkit.curvature.jacobians.jacobian import summable
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.operators.operator import SymmetricOperator
 
 

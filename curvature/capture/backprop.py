@@ -19,7 +19,8 @@ from lapkit.curvature.capture import internals
 from lapkit.curvature.capture.layout import AnyLayout
 from lapkit.curvature.capture.local import Arrived, local_jacobian, local_pull_back
 from lapkit.curvature.capture.tape import Graph, Use
-from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, NetworkJacobian
+from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.jacobians.sum_jacobian import combined
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.parameters import Parameters

@@ -18,7 +18,8 @@ from lapkit.curvature.capture.self_check import check_examples_apart, check_same
 from lapkit.curvature.capture.steady import holds_for_others
 from lapkit.curvature.capture.tape import Graph, Use
 from lapkit.curvature.inputs import can_be_cut, cut, map_tensors, shapes_of_one, tensors, to_device
-from lapkit.curvature.jacobians.jacobian import NetworkJacobian, summable
+from lapkit.curvature.jacobians.jacobian import summable
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.parameters import Parameters, unwrapped
 

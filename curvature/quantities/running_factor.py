@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.conversion import converted
-from lapkit.curvature.jacobians.jacobian import LayerJacobian, NetworkJacobian
+from lapkit.curvature.jacobians.jacobian import LayerJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.operators.eigenvectors import symmetric_eigh
 from lapkit.curvature.operators.graded import pivoted_cholesky
 from lapkit.curvature.operators.low_rank import compressed, gram

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lapkit.curvature.capture.engine import Engine
-from lapkit.curvature.jacobians.jacobian import DenseJacobian, NetworkJacobian
+from lapkit.curvature.jacobians.jacobian import DenseJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.products.vectors import differentiated, explained, twice_differentiable
 
 

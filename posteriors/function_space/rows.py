@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature.jacobians.inner_products import filled
-from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian, NetworkJacobian
+from lapkit.curvature.jacobians.jacobian import DenseJacobian, Jacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.memory import chunk_length
 
 SMALL = 2**27  # bytes of rows that are expanded once for products with others that are expanded

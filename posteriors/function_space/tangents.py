@@ -13,7 +13,7 @@ from lapkit.curvature.capture.forward import ForwardFunction
 from lapkit.curvature.fingerprint import fingerprint
 from lapkit.curvature.inputs import can_be_cut, cut, map_tensors
 from lapkit.curvature.jacobians.conversion import converted
-from lapkit.curvature.jacobians.jacobian import NetworkJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.parameters import Parameters, borrowed
 from lapkit.posteriors.function_space.differentiable import differentiable_jacobian
 from lapkit.posteriors.function_space.rows import TangentRows

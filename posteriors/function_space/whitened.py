@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lapkit.curvature.columns.columns import GGN
 from lapkit.curvature.jacobians.conversion import mapped, tensors
-from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian, NetworkJacobian
+from lapkit.curvature.jacobians.jacobian import DenseJacobian, LayerJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.memory import default_budget
 from lapkit.curvature.parameters import Parameters
 from lapkit.curvature.quantities.quantity import Quantity

@@ -5,7 +5,8 @@ import torch
 
 from lapkit.curvature import Dense, OuterProduct
 from lapkit.curvature.jacobians.conversion import converted
-from lapkit.curvature.jacobians.jacobian import DenseJacobian, NetworkJacobian
+from lapkit.curvature.jacobians.jacobian import DenseJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.curvature.operators import dense, triangular
 from lapkit.curvature.operators.triangular import inverse_of_lower
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature import borrowed
-from lapkit.curvature.jacobians.jacobian import NetworkJacobian
+from lapkit.curvature.jacobians.network import NetworkJacobian
 from lapkit.laplace import Laplace
 from lapkit.posteriors import FunctionDistribution
 from lapkit.posteriors.function_space.differentiable import differentiable_jacobian
