@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from tqdm import tqdm
 from lapkit.curvature import Gaussian, Likelihood, Parameters
 from lapkit.curvature.inputs import numbered, to_device, unpack
 from lapkit.laplace import Laplace
+from lapkit.marglik_state import State, remember, restore, save
 from lapkit.training import negative_log_posterior
-
-FORMAT = 1  # of checkpoints
 
 
 @dataclass(repr=False)
@@ -51,19 +49,6 @@ class MarglikTraining:
             f"MarglikTraining(log evidence {best:.6g} after {self.best_epoch} of {self.epochs} epochs, {ended}; "
             f"{self.laplace!r})"
         )
-
-
-@dataclass
-class _State:
-    """All that a checkpoint holds beside weights, optimiser and schedule."""
-
-    precision: Tensor
-    noise: Tensor | None
-    epoch: int = 0
-    log_evidences: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    best: dict[str, Any] | None = None
-    since_best: int = 0
 
 
 def marglik_training(
@@ -172,13 +157,13 @@ def marglik_training(
     )
     tuned_noise = tune_noise and isinstance(start.likelihood, Gaussian)
     noise = start.sigma_noise if isinstance(start.likelihood, Gaussian) else None
-    state = _State(torch.as_tensor(prior_precision), noise)
+    state = State(torch.as_tensor(prior_precision), noise)
     parameters = start.select(train_loader)
     trainer = optimizer(Parameters.of(model).tensors, **(optimizer_options or {}))
     schedule = None if scheduler is None else scheduler(trainer, **(scheduler_options or {}))
     batches, counted = _count(train_loader)
     if checkpoint is not None and pathlib.Path(checkpoint).exists():  # last, as loaders draw random numbers
-        state = _restore(pathlib.Path(checkpoint), model, trainer, schedule, kept or {})
+        state = restore(pathlib.Path(checkpoint), model, trainer, schedule, kept or {})
     mode = model.training
     bar = tqdm(total=n_epochs, initial=state.epoch, desc="marglik", disable=not progress_bar, leave=False)
     stopped = patience is not None and state.since_best >= patience
@@ -197,12 +182,12 @@ def marglik_training(
                 la.optimize_prior_precision(
                     prior_structure=prior_structure, tune_noise=tuned_noise, n_steps=n_hypersteps
                 )
-                _remember(state, la, model)
+                remember(state, la, model)
                 stopped = patience is not None and state.since_best >= patience
                 if after_fit is not None:
                     after_fit(la)
             if checkpoint is not None:
-                _save(pathlib.Path(checkpoint), state, model, trainer, schedule, kept or {})
+                save(pathlib.Path(checkpoint), state, model, trainer, schedule, kept or {})
             shown = {"log evidence": state.log_evidences[-1]} if state.log_evidences else {}
             bar.set_postfix(loss=state.losses[-1], **shown)
             bar.update()
@@ -273,59 +258,3 @@ def _count(loader: Iterable[Any]) -> tuple[int, float]:
     if not total > 0:
         raise ValueError(f"The {batches} batches of the data hold {total:g} examples, counted by their weights.")
     return batches, total
-
-
-def _remember(state: _State, la: Laplace, model: nn.Module) -> None:
-    """Note the evidence; keep weights and hyper-parameters if it is the largest so far."""
-    evidence = float(la.log_marginal_likelihood())
-    state.precision = la.prior_precision.detach()
-    state.noise = la.sigma_noise.detach() if state.noise is not None else None
-    state.since_best += 1
-    if not state.log_evidences or evidence > max(state.log_evidences):
-        weights = copy.deepcopy(model.state_dict())
-        state.best = {"weights": weights, "precision": state.precision, "noise": state.noise, "epoch": state.epoch}
-        state.since_best = 0
-    state.log_evidences.append(evidence)
-
-
-def _save(
-    path: pathlib.Path, state: _State, model: nn.Module, optimizer: Any, schedule: Any, kept: Mapping[str, Any]
-) -> None:
-    """Written beside and moved into place, so that an interruption leaves the last one whole."""
-    content = {
-        "format": FORMAT,
-        "state": vars(state),
-        "weights": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "schedule": None if schedule is None else schedule.state_dict(),
-        "kept": {name: value.state_dict() for name, value in kept.items()},
-        "random": torch.get_rng_state(),
-    }
-    beside = path.with_name(f"{path.name}.part")
-    torch.save(content, beside)
-    beside.replace(path)
-
-
-def _restore(path: pathlib.Path, model: nn.Module, optimizer: Any, schedule: Any, kept: Mapping[str, Any]) -> _State:
-    """Everything as it was after the last epoch, torch's global random numbers included.
-
-    Raises:
-        ValueError: if the file is of another format or training.
-    """
-    found = torch.load(path, weights_only=True)
-    if found.get("format") != FORMAT:
-        raise ValueError(f"{path} is a checkpoint of format {found.get('format')}; this version reads {FORMAT}.")
-    stored = found.get("kept", {})
-    if stored.keys() != kept.keys():
-        raise ValueError(f"{path} is the checkpoint of a training that keeps {list(stored)}, not {list(kept)}.")
-    try:
-        model.load_state_dict(found["weights"])
-        optimizer.load_state_dict(found["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is the checkpoint of another network or optimiser ({error}).") from error
-    if schedule is not None:
-        schedule.load_state_dict(found["schedule"])
-    for name, value in kept.items():
-        value.load_state_dict(stored[name])
-    torch.set_rng_state(found["random"])
-    return _State(**found["state"])
