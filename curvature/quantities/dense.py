@@ -123,10 +123,10 @@ def check_matrices_fit(parameters: Parameters, sizes: Sequence[int], what: str) 
     """
     needed = sum(size**2 for size in sizes) * max(parameters.dtype.itemsize, 4)
     free = available(parameters.device)
-    if 2 * needed > free:
+    if 3 * needed > free:  # precision and factor, or a copy in float64
         raise ValueError(
-            f"{what} over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, and as much again for the "
-            f"factorisation: more than the {free / 2**30:.1f} GiB that are free. Choose a smaller structure "
+            f"{what} over {parameters.numel} weights would take {needed / 2**30:.1f} GiB, and twice as much to be "
+            f"factored: more than the {free / 2**30:.1f} GiB that are free. Choose a smaller structure "
             "(GGNKronecker or GGNDiagonal; hessian_structure='kron' or 'diag' of Laplace), or fewer weights "
             "(parameters=[...]; subset_of_weights='last_layer' of Laplace)."
         )

@@ -36,7 +36,7 @@ from lapkit.curvature import (
     kfra,
 )
 from lapkit.curvature.columns.columns import GGN
-from lapkit.curvature.quantities import quantity as quantity_file
+from lapkit.curvature.quantities import dense as dense_quantities
 
 WANTED = {"diagonal": GGNDiagonal, "norms": GradientNorms}
 
@@ -197,7 +197,7 @@ def test_words_for_both_ways_in(monkeypatch):
     unused.extra = nn.Parameter(torch.ones(2))
     unused.forward = lambda x: nn.Sequential(*unused)(x)
     refused(ValueError, r"never uses .*'extra'.*parameters=\[...\] of compute.*subset_of_weights=", net=unused)
-    monkeypatch.setattr(quantity_file, "available", lambda device: 1)
+    monkeypatch.setattr(dense_quantities, "available", lambda device: 1)
     refused(ValueError, "GGNKronecker or GGNDiagonal; hessian_structure='kron'", wanted={"a": GGNDense})
 
 
@@ -326,5 +326,5 @@ def test_an_error_between_batches_leaves_what_was_summed():
 
 
 def test_blocks_that_do_not_fit(monkeypatch):
-    monkeypatch.setattr(quantity_file, "available", lambda device: 1)
+    monkeypatch.setattr(dense_quantities, "available", lambda device: 1)
     refused(ValueError, r"The blocks over \d+ weights would take", wanted={"a": GGNBlocks})
