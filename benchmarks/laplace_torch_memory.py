@@ -6,12 +6,14 @@ import ctypes
 import gc
 import json
 import pathlib
+import resource
 import subprocess
 import sys
 import warnings
+from contextlib import suppress
 from functools import partial
 
-from laplace_torch_sides import BATCH, HEAD, fastest, loader, ours, peer, print_row, problem, ratio, rows
+from laplace_torch_sides import BATCH, HEAD, MOST, fastest, loader, ours, peer, print_row, problem, ratio, rows
 from timing import seconds
 from vivit_memory import memory
 
@@ -43,6 +45,14 @@ def probe(backend, batch, network, weights, structure, fit_inputs, predicted):
 
 
 def in_fresh_process(**given):
+    """In batches of 128, or smaller ones where these take too much."""
+    for batch in (BATCH, 16):
+        with suppress(RuntimeError):
+            return probed(batch=batch, **given)
+    return probed(batch=2, **given)
+
+
+def probed(**given):
     done = subprocess.run([sys.executable, __file__, json.dumps(given)], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"The probe {given} failed:\n{done.stderr[-2000:]}")
@@ -57,11 +67,10 @@ def memory_table(options):
         given = {"network": network, "weights": weights, "structure": structure}
         sizes = {"fit_inputs": few, "predicted": 16 if weights == "all" else few}
         model, x, y = problem(network, BATCH)
-        backend, batch, _ = fastest(model, x, y, weights, structure, partial(seconds, device="cpu"))
-        own = in_fresh_process(backend=None, batch=BATCH, **given, **sizes)
-        record, found = given | {"backend": backend, "batch": batch}, {"lapkit": own}
+        backend, _, _ = fastest(model, x, y, weights, structure, partial(seconds, device="cpu"))
+        record, found = given | {"backend": backend}, {"lapkit": in_fresh_process(backend=None, **given, **sizes)}
         if backend is not None:
-            found["peer"] = in_fresh_process(backend=backend, batch=batch, **given, **sizes)
+            found["peer"] = in_fresh_process(backend=backend, **given, **sizes)
         spent = {name: max(values) for name, values in found.items()}
         record["parts"] = found
         record["memory"] = {"inputs": None, **spent} | ({"ratio": ratio(spent)} if "peer" in spent else {})
@@ -75,4 +84,5 @@ def memory_table(options):
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_AS, (MOST, MOST))
     print(json.dumps(probe(**json.loads(sys.argv[1]))))

@@ -22,7 +22,8 @@ NETWORKS = {
 STRUCTURES = [("all", "kron"), ("all", "diag"), ("last_layer", "full"), ("last_layer", "kron"), ("last_layer", "diag")]
 BACKENDS = ("CurvlinopsGGN", "BackPackGGN", "AsdlGGN")
 BATCH = 128
-BATCHES = (BATCH, 16, 2)  # of the peer, which keeps all Jacobians of a batch
+MOST = 2**34  # bytes of address space: what takes more fails, and is tried in smaller batches
+BATCHES = (2, 16, BATCH, 512)  # of the peer
 BARS = {"fit": 3, "evidence": 1, "predict": 50, "tuning": 50, "again": 1, "sampled": 1, "memory": 5}
 LAST_LAYER_FIT = 10
 
@@ -64,8 +65,8 @@ def fitted(make, data):
 def fastest(model, x, y, weights, structure, timed):
     """The backend with which the peer fits in the least time and its batch size, and why others fail.
 
-    All are tried with 16 inputs, and those that are not far behind with a whole batch, or where that does not fit into
-    the memory with smaller ones. What has another matrix does not count: sequences and convolutions for which positions
+    All are tried with 16 inputs, and those that are not far behind in batches of several sizes, as far as they fit into
+    the memory. What has another matrix does not count: sequences and convolutions for which positions
     are taken for examples. Biases of shared layers, which only lapkit has exactly, make up to a fifth of the
     determinant.
     """
@@ -87,16 +88,22 @@ def fastest(model, x, y, weights, structure, timed):
         if not 2 / 3 < log_det / wanted < 3 / 2:
             failed[backend] = f"Another matrix: its log det ratio is {log_det:.4g}, not {wanted:.4g}"
             del few[backend]
-    near = {}
+    best = (math.inf, None, BATCH)  # seconds for each input, backend, batch
     for backend in [b for b, time in few.items() if time < 5 * min(few.values())]:
-        for batch in BATCHES:
+        before = math.inf
+        for batch in (size for size in BATCHES if size <= max(16, len(x))):
+            inputs = min(len(x), max(batch, 16))
             try:
-                near[backend, batch] = spent(backend, BATCH, batch)
-                break
+                each = spent(backend, inputs, batch) / inputs
             except (RuntimeError, MemoryError) as error:  # there is not the room
-                failed[backend, batch] = str(error)[:80]
+                failed[f"{backend}, {batch} at a time"] = str(error)[:80]
+                break
+            best = min(best, (each, backend, batch), key=lambda found: found[0])
+            if each > 1.3 * before:  # than that of a smaller batch
+                break
+            before = each
     found.clear()
-    return (*min(near, key=near.get, default=(None, BATCH)), {str(name): why for name, why in failed.items()})
+    return best[1], best[2], failed
 
 
 def ratio(spent):

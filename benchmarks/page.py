@@ -48,12 +48,14 @@ PEER = """## Beside laplace-torch 0.3
 `benchmarks/laplace_torch.py`: an MLP 784-256-256-10, 3c3d, ResNet-20 and a transformer of 4 layers, all with
 exact curvature. The peer takes, in each row, its best batch size and the fastest of its backends that have the same
 matrix (AsdlGGN takes the positions of sequences for examples, BackPackGGN those of convolutions). A figure is how
-many times faster lapkit is, or how many times less memory it takes.
+many times faster lapkit is, or how many times less memory it takes. Memory is compared at equal work, a fit in batches
+of 128 and 16 predictions in one call (256 of a last layer); in calls of two inputs the peer's predictions take little.
 
-In brackets is the most that could be reached. For the last layer that is nothing but the forward pass of the network.
-For all layers it is the multiplications that cannot be left out, at the speed of a gradient: the forward pass, a
-backward pass for each class (in a fit, but one), and what comes back contracted. Both libraries have to do these.
-Draws are 5 of all layers, each a forward pass for both, and 100, the default of both, of the last one.
+In brackets is what the work that cannot be left out would allow. For the last layer that is nothing but the forward
+pass of the network. For all layers it is the multiplications, at the speed of a gradient: the forward pass, a backward
+pass for each class (in a fit, but one), and what comes back contracted; since symmetric products take 5/8 of what is
+counted, it can be exceeded. Both libraries have to do these. Draws are 5 of all layers, each a forward pass for both,
+and 100, the default of both, of the last one. Tuning follows a first evidence; of `full` it includes the eigenvalues.
 """
 
 UCI = """## Published numbers

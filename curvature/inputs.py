@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -44,7 +45,7 @@ def check_batches(data: Any) -> None:
     """
     if data is None:
         raise TypeError("The data is None; expected a data loader or a list of batches.")
-    if callable(data) and not isinstance(data, Iterable):
+    if inspect.isroutine(data):
         raise TypeError(
             f"The data is {data!r:.80}; expected a data loader or a list of batches. If it makes batches, call it, "
             "list(batches()), since some methods read the data more than once."

@@ -91,7 +91,8 @@ class Structure:
         quantity = self._quantity(weights)
         state = source.get_state()
         totals = run(quantity)
-        found: Any = quantity.result()
+        with torch.inference_mode(False):  # whoever calls, results are for any use
+            found: Any = quantity.result()
         if self.refine is not None:
             source.set_state(state)
             refined = self.refine(whole, found)
@@ -101,7 +102,8 @@ class Structure:
                     f"The first pass over the data saw {totals.count} examples and the second {again.count}: this "
                     "structure needs data that are the same each time."
                 )
-            found = refined.result()
+            with torch.inference_mode(False):
+                found = refined.result()
         return found, totals
 
     def _quantity(self, weights: Parameters | Subnetwork) -> Quantity:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lapkit.curvature.capture import internals
 from lapkit.curvature.capture.engine import Engine
 from lapkit.curvature.capture.forward import canonical, run
 from lapkit.curvature.inputs import can_be_cut, cut, tensors, to_device
@@ -54,7 +55,7 @@ class _Caller(nn.Module):
         if layer is None:
             yield from (self.at(_named(self.engine, row)) for row in weights)
             return
-        for some in weights.split(max(1, OUTPUTS // (self.x.shape[:-1].numel() * len(layer.weight)))):
+        for some in weights.split(max(1, OUTPUTS // max(1, self.x.shape[:-1].numel() * len(layer.weight)))):
             given = {name[self.skipped :]: part for name, part in _named(self.engine, some).items()}
             found = F.linear(self.x, given["weight"].flatten(0, 1)).unflatten(-1, given["weight"].shape[:2])
             bias = given.get("bias", layer.bias)
@@ -94,12 +95,19 @@ def _caller(engine: Engine, x: Any, n_samples: int) -> _Caller:
     alone = output is returned and len(given) == 1 and isinstance(given[0], Tensor) and not named
     if alone and not given[0].requires_grad and versions == [given[0]._version, output._version]:
         last = _Caller(engine, prefix, given[0])
-        if type(last.model) is nn.Linear and f"{prefix}.weight" in engine.parameters.names:
-            product = F.linear(last.x, last.model.weight, last.model.bias)
-            # Else there are hooks, or autocast, or a weight that is made of others.
-            last.linear = last.model if product.dtype == output.dtype and torch.equal(product, output) else None
+        if f"{prefix}.weight" in engine.parameters.names:
+            last.linear = _product(last.model, last.x, output)
         return last
     return whole
+
+
+def _product(module: nn.Module, x: Tensor, output: Tensor) -> nn.Linear | None:
+    """The module, if it is a linear layer and nothing more: no hooks, no autocast, no forward pass of its own."""
+    if type(module) is not nn.Linear or "forward" in vars(module) or internals.hooked(module):
+        return None
+    if not x.dtype == output.dtype == module.weight.dtype:
+        return None
+    return module if torch.equal(F.linear(x, module.weight, module.bias), output) else None
 
 
 def _same(engine: Engine, x: Any, weights: Mapping[str, Tensor], found: Tensor) -> bool:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
@@ -34,6 +34,14 @@ def eagerly() -> AbstractContextManager[Any]:
     Where its module was never imported, nothing is compiled, and importing it would take longer than many a fit.
     """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its forward pass; True where this torch does not tell."""
+    everywhere = vars(torch.nn.modules.module)
+    found = [vars(module).get(name, True) for name in ("_forward_hooks", "_forward_pre_hooks")]
+    found += [everywhere.get(name, True) for name in ("_global_forward_hooks", "_global_forward_pre_hooks")]
+    return any(map(bool, found))
 
 
 def unbatch(cotangent: Tensor, columns: int) -> Tensor:

@@ -15,6 +15,7 @@ from lapkit.curvature.jacobians.jacobian import Jacobian
 from lapkit.curvature.memory import chunk_length
 from lapkit.curvature.operators.graded import (
     UNBEARABLE,
+    graded_eigenvalues,
     log_det_one_plus,
     log_det_one_plus_over,
     pivoted_cholesky,
@@ -27,6 +28,8 @@ from lapkit.curvature.operators.operator import SymmetricOperator
 from lapkit.curvature.operators.triangular import inverse_of_lower
 
 NEAR = 2**23  # bytes of an expanded Jacobian that is made and read at once
+MANY = 500  # columns; of more, small eigenvalues beside large ones are not worth the time of Jacobi's method
+GRADED = 1e10  # a quotient of curvatures of weights beyond which they are
 FEW = 4  # rows of a Jacobian for which a matrix of as many times more rows is not inverted
 
 
@@ -48,7 +51,7 @@ class Dense(SymmetricOperator):
 
     matrix: Tensor
     source: Dense | None = field(default=None, repr=False)
-    memo: dict[float, Tensor] = field(default_factory=dict, repr=False)
+    memo: dict[float, float] = field(default_factory=dict, repr=False, init=False)
 
     @property
     def size(self) -> int:
@@ -92,7 +95,11 @@ class Dense(SymmetricOperator):
         with torch.inference_mode(False):  # as all that is kept: gradients may be asked for later
             core = torch.from_numpy(self._core())
             rank = int(core.diagonal().count_nonzero())
-            values = torch.linalg.eigvalsh(core[:rank, :rank].to(self.device)).clamp_min(0)
+            sizes = self.matrix.diagonal()[self.matrix.diagonal() > 0]
+            if 0 < rank <= MANY and sizes.max() > GRADED * sizes.min():
+                values = graded_eigenvalues(pivoted_cholesky(self.matrix, self._rounding)).to(self.device)
+            else:
+                values = torch.linalg.eigvalsh(core[:rank, :rank].to(self.device)).clamp_min(0)
             return torch.cat([values.new_zeros(self.size - rank), values])
 
     def _core(self) -> np.ndarray:
@@ -128,8 +135,7 @@ class Dense(SymmetricOperator):
         if self.matrix.requires_grad:
             ratio = _scaled_ratio(self.matrix.double(), delta.expand(self.size))
         elif delta.ndim == 0:
-            lost = bool((self.matrix.diagonal().double() >= UNBEARABLE * delta).any())  # of the shift, in the sum
-            ratio = log_det_ratio_of(self.spectrum, delta) if lost else self._ratio_of_one(delta)
+            ratio = self._ratio_of_one(delta)
         else:
             ratio = self._ratio_of_several(delta)
         return ratio.to(self.dtype)
@@ -137,17 +143,19 @@ class Dense(SymmetricOperator):
     def _ratio_of_one(self, delta: Tensor) -> Tensor:
         """For the first number asked for, by a Cholesky factor; others by the eigenvalues, which take four times that.
 
-        One number is often asked for again, and is kept.
+        One number is often asked for again, and is kept. Where it is lost in the sum, as for several.
         """
+        if (self.matrix.diagonal().double() >= UNBEARABLE * delta).any():
+            finite = delta.reciprocal().isfinite()
+            return self._ratio_of_several(delta.expand(self.size)) if finite else log_det_ratio_of(self.spectrum, delta)
         shared, number = self.source or self, float(delta.detach())
         if number in shared.memo and not delta.requires_grad:
-            return shared.memo[number].to(self.device)
+            return torch.tensor(shared.memo[number], dtype=torch.float64, device=self.device)
         if not (shared.memo or delta.requires_grad or "spectrum" in vars(shared)):
             found = log_det_one_plus_over(shared._core(), number)
             if found is not None:
-                with torch.inference_mode(False):
-                    shared.memo[number] = torch.tensor(found, dtype=torch.float64, device=shared.device)
-                return shared.memo[number].to(self.device)
+                shared.memo[number] = found
+                return torch.tensor(found, dtype=torch.float64, device=self.device)
         return log_det_ratio_of(self.spectrum, delta)
 
     def _ratio_of_several(self, delta: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg.lapack import dlauum, dpotrf, dpstrf
+from scipy.linalg.lapack import dgejsv, dlauum, dpotrf, dpstrf
 from torch import Tensor
 
 UNBEARABLE = 1e10  # a quotient of curvature and prior; beyond, too few digits are left of the identity in their sum
@@ -153,6 +153,30 @@ def without_rounding(matrix: Tensor, tolerance: float) -> np.ndarray:
     return product
 
 
+def graded_eigenvalues(columns: Tensor) -> Tensor:
+    """Eigenvalues of `V V^T` that are not zero, each to nearly all of its digits however large the others are.
+
+    They are the squared singular values of V by Jacobi's method, which is exact for rows of very different size.
+
+    Args:
+        columns: `V`, `(P, r)`, of full rank.
+
+    Returns:
+        `(r,)`, ascending, in float64 on the processor.
+
+    Example:
+        >>> graded_eigenvalues(torch.tensor([[1e9], [1e-9]])).tolist()
+        [1e+18]
+
+    Reference:
+        Drmac and Veselic, New fast and accurate Jacobi SVD algorithm, 2008.
+    """
+    rows = np.asfortranarray(columns.detach().double().cpu().numpy())
+    found = dgejsv(rows, joba=2, jobu=3, jobv=3, jobr=0, jobt=0, jobp=0)
+    values, work = found[0], found[3]
+    return torch.from_numpy(np.sort((values * (work[0] / work[1])) ** 2))
+
+
 def log_det_one_plus_over(matrix: np.ndarray, delta: float) -> float | None:
     """`log det(I + A / delta)` by a Cholesky factor in the place of A, or None where there is none.
 
@@ -176,8 +200,13 @@ def _pivoted(matrix: Tensor, tolerance: float) -> tuple[Tensor, np.ndarray, Tens
     """Roots of the diagonal, and of the matrix scaled by them the factor, the order of its rows, and its rank.
 
     On the processor, as PyTorch has no such factorisation.
+
+    Raises:
+        ValueError: if the diagonal is not finite.
     """
     scale = matrix.detach().diagonal().to("cpu", torch.float64).clamp_min(0).sqrt()
+    if not scale.isfinite().all():
+        raise ValueError("The curvature holds NaN or infinite values, and has no determinant.")
     inverse = torch.where(scale > 0, scale.reciprocal(), 0.0)
     scaled = matrix.detach().to("cpu", torch.float64, copy=True).mul_(inverse).mul_(inverse[:, None])
     # LAPACK counts by columns: of a symmetric matrix the transpose is the same, and needs no copy.

@@ -133,7 +133,7 @@ class Fitting(ABC):
             parameters=random,
             mean=mean,
             curvature=curvature,
-            loss=totals.loss,
+            loss=totals.loss.clone(),
             count=totals.weight,
             outputs=totals.outputs,
             dispersion_power=self.columns.dispersion_power,
@@ -227,7 +227,7 @@ def _warn_of_silence(fit: Fit) -> None:
         warnings.warn(
             f"The {float(fit.count):g} examples say nothing of the weights: loss and curvature are exactly zero. "
             "No label counts (all are -100, or all weights of examples are zero), or the network gives every label a "
-            "probability of one to all digits, or inputs and residuals are zero.",
+            "probability of one to all digits, or no residual is left.",
             stacklevel=callers_level(),
         )
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from lapkit.choices import PRIOR_STRUCTURES, choice
 from lapkit.curvature import Parameters
 from lapkit.curvature.callers import callers_level
+from lapkit.curvature.inputs import check_batches
 from lapkit.evidence_search import OPTIMIZERS, Found, Search, group_sizes
 from lapkit.evidence_surface import EvidenceSurface
 from lapkit.facade.functions import Functions
@@ -105,6 +106,7 @@ class Tuning(Functions):
                     "A grid search needs val_loader=, and finds one number: prior_structure='scalar', without "
                     "tune_noise. For more hyper-parameters use method='marglik'."
                 )
+            check_batches(val_loader)
             link = choice(LINKS, link_approx, "link_approx")
             score = score_of(self.likelihood, loss, link, n_samples, generator)
             batches = tqdm(val_loader, desc="grid search", leave=False) if progress_bar else val_loader

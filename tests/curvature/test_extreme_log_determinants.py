@@ -16,6 +16,7 @@ from lapkit.curvature.operators.graded import (
     pivoted_cholesky,
     without_rounding,
 )
+from lapkit.curvature.operators.log_det_ratio import log_det_ratio_of
 
 SIZES = (4, 1, 6, 3)
 PRIORS = {
@@ -290,6 +291,34 @@ def test_a_matrix_without_its_rounding(rank):
     assert int(np.count_nonzero(found.diagonal())) == rank
     ratio = float(torch.log1p(values / 3.0).sum())
     assert log_det_one_plus_over(found, 3.0) == pytest.approx(ratio, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[1e9, 1e9, 1.0, 1e-3, 1.0], [1e8, 1.0, 1e-4, 1.0, 1.0], [1e-12, 1.0, 1e12, 1.0, 1e3]]
+)
+@pytest.mark.parametrize("rank", [3, 5])
+def test_small_eigenvalues_beside_large_ones_count_with_one_shift(sizes, rank):
+    """Features in units far apart: an eigenvalue by bisection or QR is right to the last digit of the largest."""
+    V = torch.randn(5, rank, dtype=torch.float64) * torch.tensor(sizes, dtype=torch.float64)[:, None]
+    for delta in (1.0, 1e-3, 1e-9):
+        wanted = exact(V, torch.full((5,), delta))
+        asked = Dense(V @ V.T)
+        found = [asked.logdet_ratio(delta), log_det_ratio_of(Dense(V @ V.T).spectrum, torch.tensor(delta).double())]
+        assert [float(f) for f in found] == pytest.approx([wanted, wanted], abs=1e-6)
+
+
+def test_a_determinant_that_is_kept_is_not_handed_out():
+    operator = Dense(torch.eye(3, dtype=torch.float64))
+    for _ in range(3):
+        found = operator.logdet_ratio(1.0)
+        assert float(found) == pytest.approx(3 * math.log(2))
+        found += 10
+
+
+def test_a_matrix_of_nan_has_no_determinant():
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            Dense(torch.full((2, 2), bad)).logdet_ratio(1.0)
 
 
 def test_no_factor_of_what_is_not_positive():

@@ -220,3 +220,19 @@ def test_operations_below_autograd():
     assert leaves[0] is x
     assert internals.tree_unflatten(leaves, form) == arguments
     assert internals.tree_leaves({"a": [1, 2]}) == [1, 2]
+
+
+def test_hooks_are_seen():
+    """_forward_hooks, _forward_pre_hooks of a module, and those of all modules."""
+    layer = nn.Linear(2, 2)
+    assert not internals.hooked(layer)
+    for register in (
+        layer.register_forward_hook,
+        layer.register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *given: None)
+        assert internals.hooked(layer)
+        handle.remove()
+        assert not internals.hooked(layer)

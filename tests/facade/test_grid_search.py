@@ -1,6 +1,7 @@
 """The prior precision by held-out data: scores are those of the predictive at each, and nothing else is touched."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,15 @@ def test_a_loss_that_does_not_see_the_variance_is_refused():
     assert la.prior is before
 
 
+def test_a_result_prints_the_score_it_went_by():
+    la, data = fitted(), batches(*held_out("classification"))
+    with pytest.warns(UserWarning, match="smallest prior precision"):
+        found = la.optimize_prior_precision("gridsearch", val_loader=data, **BOUNDS)
+    told = f"Selection(prior precision 0.01; held-out loss {float(found.grid.scores[0]):.6g}; "
+    assert repr(found) == told + "at the edge of a grid of 6)"
+    assert repr(replace(found, converged=True)) == told + "inside a grid of 6)"
+
+
 def test_the_edge_warns():
     la, (x, y) = fitted("regression"), held_out("regression")
     with pytest.warns(UserWarning, match=r"largest prior precision of the grid, 0\.01") as told:
@@ -219,3 +229,13 @@ def test_laplace_torch_finds_the_same_precision_for_classes():
         )
     la.optimize_prior_precision("gridsearch", val_loader=loader, bounds=(1e-2, 1e2), grid_size=9)
     assert float(la.prior_precision) == pytest.approx(float(peer.prior_precision))
+
+
+@pytest.mark.parametrize("progress_bar", [True, False])
+def test_held_out_data_are_batches(progress_bar):
+    case = problem("regression")
+    la = Laplace(case.model, "regression").fit(case.data)
+    x, y = case.data[0][:2]
+    for bad in (torch.utils.data.TensorDataset(x, y), (x, y), lambda: case.data):
+        with pytest.raises(TypeError, match="expected"):
+            la.optimize_prior_precision("gridsearch", val_loader=bad, progress_bar=progress_bar)

@@ -238,6 +238,45 @@ def test_draws_of_a_linear_last_layer_are_products_of_some_together(names, axes,
     torch.testing.assert_close(found, expected.flatten(2, -2) if len(axes) > 1 else expected, rtol=1e-12, atol=1e-12)
 
 
+HOOKS = {
+    "clamp": lambda layer: layer.register_forward_hook(lambda _, given, out: out.clamp(-4, 4)),
+    "before": lambda layer: layer.register_forward_pre_hook(lambda _, given: (given[0].clamp(-4, 4),)),
+    "own forward": lambda layer: setattr(layer, "forward", lambda x: nn.Linear.forward(layer, x).clamp(-4, 4)),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_does_nothing_at_the_mode_counts_at_the_draws(hook):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(9, 3).double()
+    HOOKS[hook](model[2])
+    weights, parameters = 3 * torch.randn(20, 10, dtype=torch.float64), Parameters.of(model, ["2"])
+    with borrowed(model, parameters), torch.no_grad():
+        found = torch.stack(list(network_outputs(Engine(model, parameters), x, weights)))
+    features = model[1](model[0](x)).detach()
+    W, b = weights[:, :8].reshape(20, 2, 4), weights[:, 8:]
+    plain = torch.einsum("ni,soi->sno", features, W) + b[:, None]
+    torch.testing.assert_close(found, plain if hook == "before" else plain.clamp(-4, 4), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_draws_of_a_last_layer_under_autocast(dtype):
+    model, x = (
+        nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).float(),
+        torch.randn(9, 3, dtype=torch.float32),
+    )
+    la = Laplace(model, "classification", "last_layer", "full").fit([(x, torch.arange(9) % 2)])
+    plain = la(x, "nn", n_samples=5, generator=seeded())
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(la(x, "nn", n_samples=5, generator=seeded()), plain, rtol=0.05, atol=0.01)
+
+
+def test_no_example_is_an_error_of_the_inputs():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    la = Laplace(model, "classification", "last_layer", "full").fit([(torch.randn(9, 3), torch.arange(9) % 2)])
+    with pytest.raises(ValueError, match="at least one example"):
+        la(torch.zeros(0, 3), "nn", n_samples=5)
+
+
 def test_a_hook_of_a_linear_last_layer_is_called_at_every_draw():
     model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double(), torch.randn(4, 3).double()
     model[2].register_forward_hook(lambda module, given, out: out.tanh())
