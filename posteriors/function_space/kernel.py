@@ -11,6 +11,7 @@ from torch import Size, Tensor, nn
 from lapkit.curvature.capture.forward import ForwardFunction
 from lapkit.curvature.parameters import Parameters
 from lapkit.posteriors.function_space.gaussian_processes import gpytorch
+from lapkit.posteriors.function_space.positive import by_logarithm
 from lapkit.posteriors.function_space.rows import TangentRows
 from lapkit.posteriors.function_space.tangents import Tangents
 from lapkit.posteriors.priors import GaussianPrior
@@ -69,13 +70,12 @@ class TangentKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]  # gpytorch 
         self._outputs: int | None = None
         start = model.precision(GaussianPrior(prior_precision)).detach().log()
         self.register_parameter("raw_prior_precision", nn.Parameter(start.clone()))
-        positive = gpytorch.constraints.Positive(transform=torch.exp, inv_transform=torch.log)
-        self.register_constraint("raw_prior_precision", positive)
+        self.register_constraint("raw_prior_precision", by_logarithm())
         self.to(start.device)
 
     @property
     def prior_precision(self) -> Tensor:
-        """`(1,)`, `(L,)` or `(P,)`, with its graph to the parameter."""
+        """`(1,)`, `(L,)` or `(P,)` in double precision, with its graph to the parameter."""
         return self.raw_prior_precision_constraint.transform(self.raw_prior_precision)
 
     @prior_precision.setter
@@ -85,13 +85,18 @@ class TangentKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]  # gpytorch 
         Raises:
             ValueError: if it is not positive and finite, or has another length than the parameter.
         """
-        given = torch.as_tensor(GaussianPrior(value).precision).detach().to(self.raw_prior_precision)
+        given = torch.as_tensor(GaussianPrior(value).precision).detach().to(self.prior_precision)
         if given.numel() not in (1, self.raw_prior_precision.numel()):
             raise ValueError(
                 f"The kernel has {self.raw_prior_precision.numel()} prior precisions, got {given.numel()}. Make "
                 "another kernel for another structure of the prior."
             )
         self.initialize(raw_prior_precision=given.reshape(-1).log().expand_as(self.raw_prior_precision).clone())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the kernel's matrices, whatever the parameter's: double precision."""
+        return torch.float64
 
     @property
     def variance(self) -> Tensor:
@@ -101,9 +106,14 @@ class TangentKernel(gpytorch.kernels.Kernel):  # type: ignore[misc]  # gpytorch 
     def examples(self, x: Tensor) -> Tensor:
         """Inputs `(*, N, D)` as a batch that the model takes, all examples along one axis.
 
+        Floating numbers of a type that no weight of the network has are cast to that of its first weights.
+
         Raises:
             ValueError: if D is not the number of entries of an example.
         """
+        weights = [p.dtype for p in self.tangents.engine.model.parameters() if p.is_floating_point()]
+        if x.is_floating_point() and x.dtype not in weights:
+            x = x.to(weights[0])
         if self.input_shape is None:
             return x.flatten(0, -2)
         if x.shape[-1] != Size(self.input_shape).numel():

@@ -10,6 +10,7 @@ from torch.distributions import MultivariateNormal
 
 from lapkit.curvature.likelihoods.likelihood import Likelihood
 from lapkit.posteriors.function_space.gaussian_processes import gpytorch
+from lapkit.posteriors.function_space.positive import by_logarithm
 
 
 @final
@@ -26,8 +27,7 @@ class WhitenedNoise(gpytorch.likelihoods.GaussianLikelihood):  # type: ignore[mi
     """
 
     def __init__(self, variance: float, rows: int, *, tuned: bool, device: torch.device) -> None:
-        positive = gpytorch.constraints.Positive(transform=torch.exp, inv_transform=torch.log)
-        super().__init__(noise_constraint=positive)
+        super().__init__(noise_constraint=by_logarithm())
         self.to(dtype=torch.float64, device=device)
         self.rows = rows
         self.noise = torch.tensor([variance], dtype=torch.float64, device=device)

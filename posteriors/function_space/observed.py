@@ -86,7 +86,7 @@ class ObservedProcess(gpytorch.models.ExactGP):  # type: ignore[misc]  # gpytorc
     def whitened(self) -> gpytorch.distributions.MultivariateNormal:
         """The observations' prior, `N(0, V P0^{-1} V^T)`."""
         gram = self.observations.gram(self.covar_module.variance)
-        return gpytorch.distributions.MultivariateNormal(self.train_targets, to_linear_operator(gram))
+        return gpytorch.distributions.MultivariateNormal(self.train_targets.double(), to_linear_operator(gram))
 
     def strategy(self) -> ObservedStrategy:
         """The prediction strategy, with its caches, for the present hyper-parameters."""

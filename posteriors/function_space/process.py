@@ -38,7 +38,8 @@ class LaplaceGP(ObservedProcess):
     the number of observations is the Laplace evidence. Its observations are columns of examples, not inputs:
     `train_inputs` counts them, and all targets are zero, since the mean is the network's.
 
-    All results of gpytorch are in double precision. Make it by `laplace_gp`.
+    All results of gpytorch are in double precision, whatever the type of inputs `(*, q, D)`, which the network gets in
+    that of its weights, and of the parameters, which BoTorch casts to that of the inputs. Make it by `laplace_gp`.
 
     Args:
         tangents: the network at the mode.
@@ -160,7 +161,7 @@ class LaplaceGP(ObservedProcess):
         """The joint Gaussian over the outputs at q inputs, as BoTorch's acquisition functions ask for it.
 
         Args:
-            X: `(*batch, q, D)`, examples as vectors; differentiable.
+            X: `(*batch, q, D)`, examples as vectors, of any floating type; differentiable.
             output_indices: only these outputs.
             observation_noise: of targets instead of outputs, where these are real numbers with noise.
             posterior_transform: applied to the result.

@@ -1,5 +1,7 @@
 """Bayesian optimisation with BoTorch on a Laplace Gaussian process, against the same Gaussians by dense algebra."""
 
+import copy
+
 import gpytorch
 import pytest
 import torch
@@ -116,3 +118,127 @@ def test_the_best_candidate_is_the_best_of_a_grid(models):
         grid = torch.cartesian_prod(axis, axis)[:, None]
         assert value >= acquisition(grid).max() - 1e-6
         assert ((candidate >= 0) & (candidate <= 1)).all()
+
+
+# -- a float32 network, as most are, with BoTorch's float64 inputs or its own type
+
+SINGLE, DOUBLE = torch.float32, torch.float64
+
+
+@pytest.fixture
+def single():
+    """A process of a float32 network, and the Gaussians of the same weights in float64."""
+    net = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1)).float()
+    x, y = torch.rand(9, 2), torch.randn(9, 1)
+    gp = laplace_gp(net, Gaussian(SIGMA), [(x.float(), y.float())], GaussianPrior(PRECISION))
+    return gp, Dense(copy.deepcopy(net).double(), x), x
+
+
+def check_same(gp, dense, x, dtype):
+    """Acquisition functions of inputs of a type, each after those that cast the model."""
+    points = torch.rand(4, 1, 2)
+    for ours, theirs in zip(acquisitions(gp, x.to(dtype)), acquisitions(dense, x), strict=True):
+        X, wanted = points.to(dtype).requires_grad_(), points.clone().requires_grad_()
+        plain, found, expected = ours(X.detach()), ours(X), theirs(wanted)
+        assert plain.dtype == found.dtype == DOUBLE
+        torch.testing.assert_close(plain, expected.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        (gradient,) = torch.autograd.grad(found.sum(), X)
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(
+            gradient.double(), torch.autograd.grad(expected.sum(), wanted)[0], rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("order", [(SINGLE, DOUBLE), (DOUBLE, SINGLE, DOUBLE)], ids=["single first", "double first"])
+def test_a_float32_network_and_inputs_of_both_types(single, order):
+    gp, dense, x = single
+    for dtype in order:
+        check_same(gp, dense, x, dtype)
+    assert all(p.dtype == SINGLE for p in gp.tangents.engine.model.parameters())
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [lambda gp: gp.to(SINGLE), lambda gp: gp.float(), lambda gp: gp.double(), lambda gp: gp.float().double()],
+    ids=["to", "float", "double", "float and double"],
+)
+@pytest.mark.parametrize("warm", [False, True], ids=["at once", "after a prediction"])
+def test_casting_the_module_leaves_its_numbers(single, cast, warm):
+    gp, dense, x = single
+    wanted, evidence = dense.posterior(x), gp.log_marginal_likelihood().detach()
+    if warm:
+        gp.posterior(x)
+    cast(gp)
+    mll = gpytorch.mlls.ExactMarginalLogLikelihood(gp.likelihood, gp.train())
+    rescaled = mll(gp(*gp.train_inputs), gp.train_targets) * len(gp.observations)
+    gp.eval()
+    for value in (gp.log_marginal_likelihood(), rescaled):
+        assert value.dtype == DOUBLE
+        torch.testing.assert_close(value.detach(), evidence, rtol=1e-6, atol=0)
+    for found in (gp.posterior(x), gp.posterior(x.float()), gp(x), gp(x.float())):
+        assert (found.mean.dtype, found.variance.dtype) == (DOUBLE, DOUBLE)
+        torch.testing.assert_close(found.mean.reshape(9, 1), wanted.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.variance.reshape(9, 1), wanted.variance, rtol=1e-5, atol=1e-6)
+    check_same(gp, dense, x, DOUBLE)
+
+
+@pytest.mark.parametrize("value", [0.3, torch.tensor(0.3)])
+def test_hyper_parameters_of_a_module_that_was_cast(single, value):
+    gp, dense, x = single
+    kernel, likelihood = gp.float().covar_module, gp.likelihood
+    rows = dense.jacobian(x)[:, 0]
+    kernel.prior_precision, likelihood.noise = value, value
+    assert kernel.raw_prior_precision.dtype == likelihood.raw_noise.dtype == SINGLE
+    for found in (kernel.prior_precision, likelihood.noise):
+        torch.testing.assert_close(found.detach(), torch.tensor([0.3]), rtol=3e-7, atol=0)
+    lazy = kernel(x)
+    assert lazy.dtype == lazy.to_dense().dtype == DOUBLE
+    torch.testing.assert_close(lazy.to_dense().detach(), rows @ rows.T / 0.3, rtol=1e-5, atol=1e-6)
+    covariance = rows @ (rows.T @ rows / 0.3 + 0.3 * torch.eye(rows.shape[1])).inverse() @ rows.T
+    torch.testing.assert_close(gp.posterior(x).covariance, covariance, rtol=1e-5, atol=1e-6)
+
+
+def test_iterative_solvers_of_a_module_that_was_cast(single):
+    gp, _, x = single
+    data = [(x.float(), torch.randn(9, 1).float())]
+    loose = laplace_gp(gp.tangents.engine.model, Gaussian(SIGMA), data, GaussianPrior(PRECISION), iterative=True)
+    with gpytorch.settings.max_cholesky_size(1):
+        found = loose.float().posterior(x).covariance
+    torch.testing.assert_close(found, gp.posterior(x).covariance, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+@pytest.mark.parametrize("acquisition", [LogExpectedImprovement, UpperConfidenceBound])
+def test_candidates_of_a_float32_network(single, acquisition, dtype):
+    gp, dense, _ = single
+    starts, bounds = torch.rand(3, 1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]])
+
+    def best(model, dtype):
+        return optimize_acqf(
+            acquisition(model, 0.1),
+            bounds.to(dtype),
+            q=1,
+            num_restarts=3,
+            batch_initial_conditions=starts.to(dtype),
+        )
+
+    (candidate, value), (expected, highest) = best(gp, dtype), best(dense, DOUBLE)
+    assert candidate.dtype == dtype
+    torch.testing.assert_close(value, highest, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(candidate.double(), expected, rtol=0, atol=1e-2)
+
+
+def test_a_network_of_several_types_takes_inputs_of_its_first_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen, self.head = nn.Linear(2, 4).bfloat16().requires_grad_(False), nn.Linear(4, 1).float()
+
+        def forward(self, x):
+            return self.head(self.frozen(x).float().tanh())
+
+    x, y = torch.rand(9, 2), torch.randn(9, 1)
+    gp = laplace_gp(Net(), Gaussian(SIGMA), [(x.bfloat16(), y.float())])
+    torch.testing.assert_close(gp.posterior(x).covariance, gp.posterior(x.bfloat16()).covariance)
+    assert torch.isfinite(UpperConfidenceBound(gp, beta=2.0)(x[:, None])).all()
