@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ class LaplaceMixture:
 
     Predictions are mixtures of the members' linearised predictives: a deep ensemble whose members know their own
     uncertainty. In the distribution of the training data a plain ensemble is often as good; far from it the mixture is
-    more careful. Whole functions are drawn from a member (`functional_samples`) that is drawn by the weights.
+    more careful. A sample of the outputs (`functional_samples`) is one of a member that is drawn by the weights.
 
     Args:
         members: fitted, of one likelihood and one number of outputs; their architectures may differ.
@@ -152,6 +153,62 @@ class LaplaceMixture:
             TypeError: if a mixture of its predictives has none.
         """
         return mixed([member.predictive_distribution(x) for member in self.members], self.weights)
+
+    def functional_samples(
+        self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None, **options: Any
+    ) -> Tensor:
+        """Samples of the outputs f, each from a member that is drawn by the weights, the same for all inputs.
+
+        Args:
+            x: a batch of inputs.
+            n_samples: how many, S.
+            generator: the only source of randomness, of members and samples.
+            options: `joint=`, `pred_type=` and `diagonal_output=` of `Laplace.functional_samples`.
+
+        Returns:
+            `(S, N, C)`, in random order.
+
+        Raises:
+            RuntimeError: if the network of a member that was drawn has changed its weights since.
+            ValueError: if there is not at least one sample, or an option is refused by `Laplace`.
+        """
+        draw = partial(Laplace.functional_samples, x=x, generator=generator, **options)
+        return self._drawn(draw, n_samples, generator)
+
+    def predictive_samples(
+        self, x: Any, n_samples: int = 100, generator: torch.Generator | None = None, **options: Any
+    ) -> Tensor:
+        """Samples of the mean of y: class probabilities, or f for regression.
+
+        Args:
+            x: a batch of inputs.
+            n_samples: how many, S.
+            generator: as for `functional_samples`.
+            options: as for `functional_samples`.
+
+        Returns:
+            `(S, N, C)`, in random order.
+
+        Raises:
+            RuntimeError: if the network of a member that was drawn has changed its weights since.
+            ValueError: if there is not at least one sample, or an option is refused by `Laplace`.
+        """
+        draw = partial(Laplace.predictive_samples, x=x, generator=generator, **options)
+        return self._drawn(draw, n_samples, generator)
+
+    def _drawn(self, draw: Callable[..., Tensor], n_samples: int, generator: torch.Generator | None) -> Tensor:
+        """Samples `(S, N, C)`, as many of each member as the weights have chosen it, at the places of the choice.
+
+        Raises:
+            ValueError: if there is not at least one sample.
+        """
+        if n_samples < 1:
+            raise ValueError(f"Expected at least one sample, got n_samples={n_samples}.")
+        weights = self.weights if generator is None else self.weights.to(generator.device)
+        chosen = torch.multinomial(weights, n_samples, replacement=True, generator=generator)
+        counts = chosen.bincount(minlength=len(self.members)).tolist()
+        found = torch.cat([draw(m, n_samples=n) for m, n in zip(self.members, counts, strict=True) if n])
+        return found[chosen.argsort(stable=True).argsort().to(found.device)]
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Report:
         """How good and how honest the mixture is, beside its first member and the plain ensemble of the networks.

@@ -12,8 +12,10 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d, validate_data
 from torch import Tensor, nn
 
+from lapkit.choices import choice
 from lapkit.curvature import Categorical, Gaussian
 from lapkit.estimator_base import LaplaceEstimator
+from lapkit.posteriors import LINKS
 
 
 class LaplaceClassifier(ClassifierMixin, LaplaceEstimator):  # type: ignore[misc]
@@ -32,7 +34,7 @@ class LaplaceClassifier(ClassifierMixin, LaplaceEstimator):  # type: ignore[misc
         hessian_structure: as for `Laplace`.
         prior_precision: of the first training; a sum over examples stands beside it, see `train_map`. From a strong
             prior the evidence finds simple explanations, from a weak one it may stay with an overfitted network.
-        prior_structure: "scalar", "layerwise" or "diag", as for `Laplace.optimize_prior_precision`.
+        prior_structure: "scalar", "layerwise", "unit" or "diag", as for `Laplace.optimize_prior_precision`.
         tune: set the prior precision by the evidence.
         refits: how often to train again under the tuned prior.
         batch_size: of Adam; all examples at once by L-BFGS by default.
@@ -105,8 +107,9 @@ class LaplaceClassifier(ClassifierMixin, LaplaceEstimator):  # type: ignore[misc
             Itself.
 
         Raises:
-            ValueError: if the data are refused, or there are fewer than two classes.
+            ValueError: if the data or a setting are refused, or there are fewer than two classes.
         """
+        choice(LINKS, self.link_approx, "link_approx")  # before the training, as the base reads the others
         X, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
@@ -158,7 +161,7 @@ class LaplaceRegressor(RegressorMixin, LaplaceEstimator):  # type: ignore[misc]
             Itself.
 
         Raises:
-            ValueError: if the data are refused.
+            ValueError: if the data or a setting are refused.
         """
         X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         if np.ndim(y) == 2 and np.shape(y)[1] == 1:

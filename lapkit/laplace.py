@@ -159,7 +159,7 @@ class Laplace(Tuning, Predictions, Storage):
         low, high = (float(edge) for edge in torch.as_tensor(self.prior.precision).aminmax())
         prior = f"prior precision {low:.4g}" + (f" to {high:.4g}" if high > low else "")
         about = "not fitted" if self._fit is None else f"{self.n_params} weights, {self._fit.count:g} examples, {prior}"
-        what = f"{type(self.model).__name__}, {self.likelihood}, {self.subset_of_weights!r}, {self.structure}"
+        what = f"{type(self.model).__name__}, {self.likelihood}, {self.subset}, {self.structure}"
         return f"{type(self).__name__}({what}; {about})"
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Report:

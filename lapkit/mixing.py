@@ -47,5 +47,5 @@ def mixed(parts: Sequence[Distribution], weights: Tensor | None = None) -> Distr
     if all(isinstance(part, Independent) and isinstance(part.base_dist, Bernoulli) for part in parts):
         return Independent(Bernoulli(weighted(weights, torch.stack([part.mean for part in parts]))), 1)
     raise TypeError(
-        f"A mixture of {type(parts[0]).__name__} has no closed form here; mix predictive_samples of the members."
+        f"A mixture of {type(parts[0]).__name__} has no closed form here; take LaplaceMixture.predictive_samples."
     )

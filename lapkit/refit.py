@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lapkit.curvature import Engine, Likelihood, borrowed
+from lapkit.curvature.callers import callers_level
 from lapkit.curvature.inputs import numbered, to_device, unpack
 from lapkit.curvature.jacobians.jacobian import Jacobian
 from lapkit.posteriors import Fit, GaussianPrior, laplace_posterior
@@ -207,10 +209,14 @@ def refit(
     for number in range(1, rounds + 1):
         weights, reached = network.mode(likelihood, prior, temperature, weights, tick)
         moved = replace(fit, mean=weights, loss=network.loss(likelihood, weights))
-        found = tune(moved, likelihood, prior)
+        with warnings.catch_warnings(record=True) as heard:  # those of the last round are the caller's to hear
+            warnings.simplefilter("always")
+            found = tune(moved, likelihood, prior)
         prior, likelihood = found.prior, found.likelihood
         settled = last is not None and abs(found.log_evidence - last) <= tolerance * max(1.0, abs(last))
         if settled or number == rounds:
+            for each in heard:
+                warnings.warn(each.message, each.category, stacklevel=callers_level())
             return Refit(found, weights, moved, number, settled and reached and found.converged)
         last = found.log_evidence
     raise ValueError(f"At least one round is needed, got rounds={rounds}.")

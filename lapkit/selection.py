@@ -58,8 +58,15 @@ class Selection:
 
     def __repr__(self) -> str:
         precision = torch.as_tensor(self.prior.precision).detach().flatten()
-        several = f"s of {len(precision)} groups, {float(precision.min()):.4g} to"
-        found = f"prior precision{several if len(precision) > 1 else ''} {float(precision.max()):.4g}"
+        found = f"prior precision {float(precision.max()):.4g}"
+        if len(self.effective) > 1:
+            found = (
+                f"{len(self.effective)} prior precisions, {float(precision.min()):.4g} to {float(precision.max()):.4g}"
+            )
+        if self.grid is not None:
+            place = "inside" if self.converged else "at the edge of"
+            score = float(self.grid.scores[self.grid.best])
+            return f"Selection({found}; held-out loss {score:.6g}; {place} a grid of {self.evaluations})"
         ended = "converged" if self.converged else "not converged"
         return f"Selection({found}; log evidence {self.log_evidence:.6g}; {ended} after {self.evaluations} evaluations)"
 

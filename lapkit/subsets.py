@@ -18,6 +18,7 @@ from lapkit.curvature.parameters import unwrapped
 from lapkit.subnetworks import SubnetworkMask, Task
 
 NAMES = ("all", "last_layer", "subnetwork")
+SHOWN = 3  # names of a selection that are printed
 Weights = Parameters | Subnetwork
 
 
@@ -56,6 +57,10 @@ class Subset:
                 f"last_layer_name={self.last_layer_name!r} belongs to subset_of_weights='last_layer', got "
                 f"{self.wanted!r}."
             )
+
+    def __str__(self) -> str:
+        several = not isinstance(self.wanted, str) and len(self.wanted) > SHOWN
+        return f"{len(self.wanted)} names" if several else repr(self.wanted)
 
     def known(self, model: nn.Module) -> Weights | None:
         """The weights, where they are known without data.

@@ -148,7 +148,7 @@ def _(
     n_samples: int = 512,
     generator: torch.Generator | None = None,
 ) -> Uncertainty:
-    """The noise `E[exp(s)] = exp(E[s] + Var[s] / 2)` counts as aleatoric, all of it."""
+    """The noise `E[exp(s)] = exp(E[s] + Var[s] / 2)` counts as aleatoric, all of it: far from the data it explodes."""
     of_mean, of_log_noise = f.variance.chunk(2, dim=-1)
     return Uncertainty((f.mean.chunk(2, dim=-1)[1] + of_log_noise / 2).exp(), of_mean)
 

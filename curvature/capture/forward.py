@@ -144,10 +144,16 @@ def run(model: nn.Module, x: Any, parameters: Parameters, forward_fn: ForwardFun
         if isinstance(x, Tensor):
             raise
         wanted = "Expected one batch: a tensor or an array, or tuples and mappings of them as the model takes them."
-        pair = "If they are (inputs, targets), give the inputs alone."
+        if isinstance(x, (tuple, list)):
+            wanted = "If they are (inputs, targets), give the inputs alone."
+        elif isinstance(x, Mapping) and forward_fn is None and _takes(model, (), x):  # so it was spread
+            wanted = (
+                "A mapping is spread over the arguments of the model. If its forward pass takes the mapping itself, "
+                "behind *args and **kwargs, give forward_fn=lambda model, x: model(x)."
+            )
         raise TypeError(
             f"The model failed on inputs that are a {type(x).__name__} of {_shapes(x) or 'no tensors'}: {error}. "
-            f"{pair if isinstance(x, (tuple, list)) else wanted}"
+            f"{wanted}"
         ) from error
     return output if isinstance(output, Tensor) else getattr(output, "logits", output)
 

@@ -249,7 +249,9 @@ class HeteroscedasticGaussian(DiagonalLikelihood):
     def predictive(self, mean: Tensor, covariance: Tensor) -> MultivariateNormal:
         """The Gaussian with the exact mean and covariance of y, `Cov[m] + diag(E[exp(s)])`.
 
-        `E[exp(s)] = exp(E[s] + Var[s] / 2)`. The true distribution, a scale mixture, has heavier tails.
+        `E[exp(s)] = exp(E[s] + Var[s] / 2)`. The true distribution, a scale mixture, has heavier tails. Far from the
+        data, where `Var[s]` is large, this mean of a log-normal variance explodes, although the median `exp(E[s])` need
+        not; for the quantiles of y there, draw f by `functional_samples` and y given f.
         """
         means, log_variance = mean.chunk(2, dim=-1)
         outputs = means.shape[-1]

@@ -47,7 +47,8 @@ def prune(
         criterion: a key of `CRITERIA`: "obs", "evidence", "obd", "opd", "joint", "magnitude" or "random"; or a
             `Criterion`.
         threshold: without a sparsity, the score below which units go. The criterion "evidence" has one by itself, zero:
-            it prunes while the evidence rises.
+            it prunes while the evidence of the quadratic model rises. That takes a prior precision for each weight;
+            under one that many share, set after the training, far too many go: read `report`.
         unit: a key of `UNITS`: "weight", "row" (of a weight matrix, or a filter, with its bias), "neuron" or "filter"
             (with all that leads out of it, for sequential networks), "head"; or `Units` over the flat vector of the
             weights.

@@ -164,6 +164,36 @@ FORMS = {  # name: (what the model makes of (4, 24), output_axis, what the engin
 }
 
 
+class Wrapped(nn.Module):
+    """Hides the signature of what it wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        return self.model(*args, **kwargs)
+
+
+class OfMapping(nn.Linear):
+    """Takes a mapping as it is."""
+
+    def forward(self, data):
+        return super().forward(data["x"])
+
+
+def test_a_wrapper_that_hides_a_mapping_is_told_the_way_out():
+    model, data = Wrapped(OfMapping(3, 2)), {"x": torch.randn(4, 3), "y": torch.zeros(4)}
+    with pytest.raises(TypeError, match=r"unexpected keyword.*give forward_fn=lambda model, x: model\(x\)\.$"):
+        forward(model, data, Parameters.of(model))
+    actual = forward(model, data, Parameters.of(model), forward_fn=lambda model, x: model(x))
+    assert torch.equal(actual, forward(model.model, data, Parameters.of(model.model)))
+    with pytest.raises(TypeError, match=r"Expected one batch: a tensor"):
+        forward(model, data, Parameters.of(model), forward_fn=lambda model, x: model(**x))
+    with pytest.raises(TypeError, match=r"Expected one batch: a tensor"):
+        forward(model.model, {"x": None}, Parameters.of(model.model))  # nothing was spread
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_outputs_have_one_form(form):
     function, axis, expected = FORMS[form]

@@ -7,7 +7,7 @@ from dense_laplace import problem
 from lapkit import Laplace
 from lapkit.comparison import compare
 from lapkit.curvature import Bernoulli
-from lapkit.estimators import LaplaceRegressor
+from lapkit.estimators import LaplaceClassifier, LaplaceRegressor
 from lapkit.marglik import marglik_training
 
 
@@ -25,7 +25,9 @@ def test_results_are_a_line_or_a_table():
     )
     several = la.optimize_prior_precision(prior_structure="layerwise")
     low, high = la.prior_precision.min(), la.prior_precision.max()
-    assert f"prior precisions of {len(la.prior_precision)} groups, {low:.4g} to {high:.4g};" in repr(several)
+    assert f"({len(la.prior_precision)} prior precisions, {low:.4g} to {high:.4g};" in repr(several)
+    rows = sum(len(p) if p.ndim > 1 else 1 for p in la.model.parameters())
+    assert f"({rows} prior precisions, " in repr(la.optimize_prior_precision(prior_structure="unit"))
     ranked = compare({"one": la, "two": fitted("diag")})
     assert repr(ranked) == str(ranked)
     assert "log evidence" in repr(ranked)
@@ -55,8 +57,25 @@ def test_probabilities_for_a_binary_likelihood():
     Bernoulli().check(f - 0.5, y)
 
 
+def test_a_selection_of_many_names_is_counted():
+    case = problem("classification")
+    names = [name for name, _ in case.fresh.named_parameters()]
+    assert f", {tuple(names[:3])!r}, " in repr(Laplace(case.fresh, "classification", names[:3]))
+    la = Laplace(case.fresh, "classification", names)
+    assert len(names) > 3
+    assert f", {len(names)} names, GGNKronecker; not fitted)" in repr(la)
+    assert la.subset_of_weights == tuple(names)
+    assert ", 'last_layer', " in repr(Laplace(case.fresh, "classification"))
+
+
 @pytest.mark.parametrize("wrong", ["hessian_structure", "prior_structure", "subset_of_weights"])
 def test_estimators_read_their_settings_before_they_train(wrong, monkeypatch):
     monkeypatch.setattr("lapkit.estimator_base.train_map", lambda *given, **options: pytest.fail("It trained."))
     with pytest.raises(ValueError, match="no such thing"):
         LaplaceRegressor(**{wrong: "no such thing"}).fit(torch.randn(9, 2).numpy(), torch.randn(9).numpy())
+
+
+def test_a_classifier_reads_its_link_before_it_trains(monkeypatch):
+    monkeypatch.setattr("lapkit.estimator_base.train_map", lambda *given, **options: pytest.fail("It trained."))
+    with pytest.raises(ValueError, match="Unknown link_approx 'foo'"):
+        LaplaceClassifier(link_approx="foo").fit(torch.randn(9, 2).numpy(), torch.arange(9).numpy() % 3)

@@ -1,4 +1,4 @@
-"""`LaplaceMixture.evaluate`: the rows are those of its first member, of the plain ensemble and of the mixture."""
+"""`LaplaceMixture.evaluate` (rows of its first member, of the plain ensemble and of the mixture), and its samples."""
 
 import pytest
 import torch
@@ -99,3 +99,58 @@ def test_what_has_no_mixture_is_refused_as_by_its_members():
         mine.evaluate([])
     with pytest.raises(ValueError, match="link_approx"):
         mine.evaluate([(x, y)], link_approx="bridges")
+
+
+# -- samples: their standard errors are those of 20,000 draws, and tolerances about five of them
+
+
+def drawn(mine, what, new, seed=0, n_samples=20_000, **options):
+    return getattr(mine, what)(new, n_samples, torch.Generator().manual_seed(seed), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"joint": True}, {"diagonal_output": True}])
+def test_samples_have_the_moments_of_the_mixture(options):
+    x, new = torch.randn(100, 3), torch.randn(4, 3)
+    mine = mixture("regression", 2, x, torch.randn(100, 2), sigma_noise=0.4)
+    mean, covariance = mine(new)
+    found = drawn(mine, "functional_samples", new, **options)
+    apart = found - mean
+    second = torch.einsum("snc,snd->ncd", apart, apart) / len(found)
+    scale = covariance.diagonal(dim1=-2, dim2=-1).amax().sqrt()
+    torch.testing.assert_close(found.mean(0), mean, rtol=0, atol=float(5 * scale / len(found) ** 0.5))
+    if options.get("diagonal_output"):  # within a member; what its mean is apart from the others' stays
+        covariance = mine(new, diagonal_output=True)[1]
+        second = second.diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(second, covariance, rtol=0, atol=float(10 * scale**2 / len(found) ** 0.5))
+    assert torch.equal(found, drawn(mine, "predictive_samples", new, **options))
+
+
+def test_samples_of_probabilities_average_to_those_of_the_mixture():
+    x, new = torch.randn(100, 3), torch.randn(4, 3)
+    mine = mixture("classification", 3, x, torch.randint(0, 3, (100,)))
+    found = drawn(mine, "predictive_samples", new)
+    torch.testing.assert_close(found.mean(0), mine(new, link_approx="qmc", n_samples=4096), rtol=0, atol=0.01)
+    torch.testing.assert_close(found, drawn(mine, "functional_samples", new).softmax(-1))
+
+
+def test_each_sample_is_one_of_a_member_that_the_weights_have_drawn():
+    """Members as good as without variance, so that a sample says whose it is; every stretch of them has them all."""
+    x = torch.randn(100, 3)
+    mine = mixture("regression", 1, x, torch.randn(100, 1), prior_precision=1e12)
+    with torch.no_grad():
+        modes = torch.stack([m.model(x[:2]) for m in mine.members])
+    state = torch.random.get_rng_state()
+    found = drawn(mine, "functional_samples", x[:2], joint=True, n_samples=3000)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    owner = (found[None] - modes[:, None]).abs().sum((2, 3)).argmin(0)
+    torch.testing.assert_close(found, modes[owner], rtol=0, atol=1e-4)
+    for stretch in owner.chunk(3):
+        shares = stretch.bincount(minlength=3) / len(stretch)
+        torch.testing.assert_close(shares, torch.tensor(WEIGHTS) / 6, rtol=0, atol=0.08)
+    assert not torch.equal(found, drawn(mine, "functional_samples", x[:2], seed=1, joint=True, n_samples=3000))
+    nothing = LaplaceMixture(mine.members, [0.0, 0.0, 1.0]).functional_samples(x[:2], 5)
+    torch.testing.assert_close(nothing, modes[2].expand(5, 2, 1), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="at least one sample, got n_samples=0"):
+        mine.predictive_samples(x, 0)
+    with pytest.raises(ValueError, match="whole functions"):
+        mine.functional_samples(x, joint=True, diagonal_output=True)

@@ -1,6 +1,7 @@
 """The linearised network's own mode: of linear-Gaussian models in closed form, of a small network by dense algebra."""
 
 import math
+import warnings
 from functools import partial
 
 import pytest
@@ -102,6 +103,32 @@ def test_the_facade_sets_what_the_refit_finds():
     assert la.prior is ours.prior
     plain = Laplace(case.model, "classification", "all", "full").fit(case.data).optimize_prior_precision()
     assert ours.log_evidence > plain.log_evidence
+
+
+def test_warnings_of_the_last_round_alone_are_heard():
+    """Also where warnings are errors, as they are here: those of earlier rounds raise none."""
+    case, rounds = problem("regression"), []
+
+    def tune(*given):
+        rounds.append(len(rounds) + 1)
+        if len(rounds) < 4:
+            warnings.warn(f"round {rounds[-1]}", UserWarning, stacklevel=2)
+        return maximize_evidence(*given)
+
+    la = Laplace(case.model, "regression", "all", "full", sigma_noise=0.6).fit(case.data)
+    with pytest.warns(UserWarning, match="round 3") as heard:
+        refit(*parts(la), la.prior, case.data, tune, rounds=3, tolerance=0.0)
+    assert len(heard) == 1
+    rounds.clear()
+    assert refit(*parts(la), la.prior, case.data, tune).rounds > 3  # and the last has nothing to say
+
+
+def test_an_edge_is_told_once_and_to_the_caller():
+    case = problem("classification")
+    la = Laplace(case.model, "classification", "all", "full").fit(case.data)
+    with pytest.warns(UserWarning, match="at the edge of the search, prior precision 1e-05") as heard:
+        la.optimize_prior_precision(refit_loader=case.data, bounds=(1e-6, 1e-5))
+    assert [each.filename for each in heard] == [__file__]
 
 
 def test_other_data_and_no_rounds_are_refused():
