@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from tqdm import tqdm
 from lapkit.curvature import Gaussian, Likelihood, Parameters
 from lapkit.curvature.inputs import numbered, to_device, unpack
 from lapkit.laplace import Laplace
-from lapkit.marglik_state import State, remember, restore, save
+from lapkit.marglik_settings import laplace_arguments, plain
+from lapkit.marglik_state import CheckpointFile, State, checkpoint_path, remember
 from lapkit.training import negative_log_posterior
 
 
@@ -88,7 +89,7 @@ def marglik_training(
 
     Args:
         model: trained in place; afterwards it holds the best weights, in the mode it came in.
-        train_loader: batches as for `Laplace.fit`; gone through twice an epoch.
+        train_loader: batches as for `Laplace.fit`, in a loader or a list; gone through twice an epoch.
         likelihood: as for `Laplace`.
         hessian_structure: as for `Laplace`.
         subset_of_weights: whose prior is tuned and counted in the evidence; other weights are trained without one.
@@ -107,7 +108,9 @@ def marglik_training(
         n_hypersteps: iterations of L-BFGS for prior and noise after each fit.
         patience: stop after so many evidences without a new largest one; never by default.
         n_data: number of examples, where the loader leaves some out at random; those of one pass by default.
-        checkpoint: a file in which to keep the state after every epoch, and to go on from if it is there.
+        checkpoint: a file in which to keep the state after every epoch, and to go on from if it is there: with the same
+            network, settings (functions by their names) and number of examples. `n_epochs`, `patience`, `progress_bar`
+            and `memory_budget` may be others.
         progress_bar: show one.
         after_fit: called after each evidence with the posterior it is of; it may move what the network has frozen, such
             as the transform of `lapkit.invariance`.
@@ -119,9 +122,11 @@ def marglik_training(
         The fitted posterior with the history. Its prior is the one that the best network was judged by.
 
     Raises:
-        ValueError: if a number is out of range, the loss becomes NaN or infinite, a checkpoint is of another training,
-            or `Laplace` refuses something.
-        TypeError: if `Laplace` refuses something.
+        ValueError: if a number is out of range, the loss becomes NaN or infinite, a checkpoint is none or of another
+            training, or `Laplace` refuses something.
+        TypeError: if the data can be gone through only once, or `Laplace` refuses something.
+        FileNotFoundError: if there is no folder for the checkpoint.
+        IsADirectoryError: if the checkpoint is a folder itself.
 
     Reference:
         Immer, Bauer, Fortuin, Rätsch and Khan, Scalable marginal likelihood estimation for model selection in deep
@@ -138,32 +143,48 @@ def marglik_training(
         raise ValueError("weight_decay would be a second prior beside the one that is tuned: leave it out.")
     if burn_in + frequency > n_epochs:
         raise ValueError(f"With burn_in={burn_in} and frequency={frequency}, {n_epochs} epochs see no evidence.")
+    check_repeatable(train_loader)
+    path = None if checkpoint is None else checkpoint_path(checkpoint)
+    subset = subset_of_weights if isinstance(subset_of_weights, str) else tuple(subset_of_weights)
     options = {"temperature": temperature, **laplace_options}
 
     def approximation(precision: float | Tensor, noise: Tensor | None) -> Laplace:
-        made = Laplace(model, likelihood, subset_of_weights, hessian_structure, prior_precision=precision, **options)
+        made = Laplace(model, likelihood, subset, hessian_structure, prior_precision=precision, **options)
         if noise is not None:
             made.sigma_noise = noise
         return made
 
-    start = Laplace(
-        model,
-        likelihood,
-        subset_of_weights,
-        hessian_structure,
-        sigma_noise=sigma_noise,
-        prior_precision=prior_precision,
-        **options,
-    )
+    at_start = {"sigma_noise": sigma_noise, "prior_precision": prior_precision, **options}
+    start = Laplace(model, likelihood, subset, hessian_structure, **at_start)
     tuned_noise = tune_noise and isinstance(start.likelihood, Gaussian)
     noise = start.sigma_noise if isinstance(start.likelihood, Gaussian) else None
     state = State(torch.as_tensor(prior_precision), noise)
     parameters = start.select(train_loader)
     trainer = optimizer(Parameters.of(model).tensors, **(optimizer_options or {}))
     schedule = None if scheduler is None else scheduler(trainer, **(scheduler_options or {}))
-    batches, counted = _count(train_loader)
-    if checkpoint is not None and pathlib.Path(checkpoint).exists():  # last, as loaders draw random numbers
-        state = restore(pathlib.Path(checkpoint), model, trainer, schedule, kept or {})
+    batches, examples, counted = _count(train_loader)
+    file = None
+    if path is not None:
+        settings = laplace_arguments(likelihood, hessian_structure, **at_start) | {
+            "subset_of_weights": subset if isinstance(subset, str) else parameters.names,
+            "trainable parameters": Parameters.of(model).names,
+            "optimizer": optimizer,
+            "optimizer_options": optimizer_options or {},
+            "scheduler": scheduler,
+            "scheduler_options": scheduler_options or {},
+            "burn_in": burn_in,
+            "frequency": frequency,
+            "prior_structure": prior_structure,
+            "tune_noise": tuned_noise,
+            "n_hypersteps": n_hypersteps,
+            "n_data": n_data,
+            "batches of the data": batches if n_data is None else None,  # else each pass may have others
+            "examples of the data": examples if n_data is None else None,
+            "after_fit": after_fit,
+        }
+        file = CheckpointFile(path, model, trainer, schedule, kept or {}, plain(settings))
+        if path.exists():  # last, as loaders draw random numbers
+            state = file.restore()
     mode = model.training
     bar = tqdm(total=n_epochs, initial=state.epoch, desc="marglik", disable=not progress_bar, leave=False)
     stopped = patience is not None and state.since_best >= patience
@@ -186,8 +207,8 @@ def marglik_training(
                 stopped = patience is not None and state.since_best >= patience
                 if after_fit is not None:
                     after_fit(la)
-            if checkpoint is not None:
-                save(pathlib.Path(checkpoint), state, model, trainer, schedule, kept or {})
+            if file is not None:
+                file.save(state)
             shown = {"log evidence": state.log_evidences[-1]} if state.log_evidences else {}
             bar.set_postfix(loss=state.losses[-1], **shown)
             bar.update()
@@ -244,17 +265,30 @@ def _epoch(
     return total
 
 
-def _count(loader: Iterable[Any]) -> tuple[int, float]:
-    """The number of batches of one pass, and that of examples, or the sum of their weights.
+def check_repeatable(data: Iterable[Any]) -> None:
+    """Refuse what can be gone through only once.
+
+    Raises:
+        TypeError: if the data is an iterator, such as a generator.
+    """
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"The data is a {type(data).__name__}, which is used up after one pass, and training reads the data many "
+            "times. Give a data loader or a list of batches, such as list(batches)."
+        )
+
+
+def _count(loader: Iterable[Any]) -> tuple[int, int, float]:
+    """The number of batches of one pass, and of examples, and the sum of their weights.
 
     Raises:
         ValueError: if nothing is left to learn from.
     """
-    batches, total = 0, 0.0
+    batches, examples, total = 0, 0, 0.0
     for number, batch in numbered(loader):
         _, y, weights = unpack(batch, number)
-        batches += 1
+        batches, examples = batches + 1, examples + len(y)
         total += len(y) if weights is None else float(weights.sum())
     if not total > 0:
         raise ValueError(f"The {batches} batches of the data hold {total:g} examples, counted by their weights.")
-    return batches, total
+    return batches, examples, total

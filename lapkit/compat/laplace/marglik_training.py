@@ -71,7 +71,11 @@ def marglik_training(
     Returns:
         The posterior at the best network; the network; negative log evidences, one for each evaluation; and negative
         log posteriors of each epoch, for one example, in nats.
+
+    Raises:
+        TypeError: if the data can be gone through only once.
     """
+    marglik.check_repeatable(train_loader)  # before it is wrapped in what could be gone through again
     if lr_hyp != 0.1:
         notice("lr_hyp is not read: prior and noise are moved by L-BFGS, which has no learning rate.", stacklevel=3)
     settings = dict(optimizer_kwargs or {})
