@@ -17,8 +17,8 @@ memory    the peak over what was resident before, of a fit to 256 inputs in batc
 
 The peer takes its fastest backend in each row and the best size of batches out of 2, 16, 128 and 512, in predictions
 out of 2, 16, 128 and all, found by trials; "inputs" are how many it fits or predicts within a few seconds. lapkit fits
-as many in batches of 128, and predicts all of them in batches of 128 or in one call, of which the time is scaled to
-that number. The peer's tuning is scaled from fewer steps where 100 take long. A row says `-` where no backend of the
+as many in batches of 128 or 512, and predicts all of them in batches of 128 or in one call, of which the time is scaled
+to that number. The peer's tuning is scaled from fewer steps where 100 take long. A row says `-` where no backend of the
 peer can do it. `limit` is the ratio that would be reached by what cannot be left out: of the last layer the forward
 pass of the network alone, of all layers the multiplications of the forward pass, of the backward passes of nine
 columns (of ten in predictions) and of what they are contracted with, at the speed of a gradient pass; symmetric
@@ -40,6 +40,7 @@ from laplace_torch_sides import (
     HEAD,
     MOST,
     NETWORKS,
+    best_batch,
     fastest,
     fitted,
     loader,
@@ -70,8 +71,9 @@ class Row:
         self.model, self.x, self.y = problem(network, 64 if options.quick else INPUTS)
         self.timed = partial(seconds, device="cpu", clock=options.clock)
         backend, batch, failed = fastest(self.model, self.x, self.y, weights, structure, self.timed)
-        self.record |= {"backend": backend, "batch": batch, "failed": failed}
-        self.batches = {"lapkit": BATCH, "peer": batch}
+        own = best_batch(partial(ours, self.model, weights, structure), self.x, self.y, self.timed)
+        self.batches = {"lapkit": own, "peer": batch}
+        self.record |= {"backend": backend, "batches": self.batches, "failed": failed}
         run = torch.no_grad()(lambda: self.model(self.x[:BATCH]))
         self.least = dict.fromkeys(("fit", "predict"), self.each(run))  # seconds for each input
         if weights == "all":
@@ -169,7 +171,7 @@ class Row:
         best, inputs = math.inf, 0
         for size in (2, 16, 128, len(self.x)):
             too_much = 10 * 4 * size * la.n_params > ROOM or size > len(self.x)
-            if too_much or (inputs and best * size > LIMIT):
+            if too_much or (inputs and best * size > 4 * LIMIT):
                 break
             job = partial(la, self.x[:size], link_approx="probit")
             each = min(self.timed(job) for _ in range(2)) / size

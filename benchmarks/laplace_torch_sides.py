@@ -106,6 +106,14 @@ def fastest(model, x, y, weights, structure, timed):
     return best[1], best[2], failed
 
 
+def best_batch(make, x, y, timed):
+    """Of lapkit: the size of batches in which a fit to 512 inputs takes the least time."""
+    some = x[: BATCHES[-1]], y[: BATCHES[-1]]
+    fitted(make, loader(x[:16], y[:16]))  # warms up
+    jobs = {size: partial(fitted, make, loader(*some, size)) for size in (BATCH, 512)}
+    return min(jobs, key=lambda size: min(timed(jobs[size]) for _ in range(2)))
+
+
 def ratio(spent):
     return spent["peer"] / spent["lapkit"]
 

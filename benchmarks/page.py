@@ -55,7 +55,8 @@ In brackets is what the work that cannot be left out would allow. For the last l
 pass of the network. For all layers it is the multiplications, at the speed of a gradient: the forward pass, a backward
 pass for each class (in a fit, but one), and what comes back contracted; since symmetric products take 5/8 of what is
 counted, it can be exceeded. Both libraries have to do these. Draws are 5 of all layers, each a forward pass for both,
-and 100, the default of both, of the last one. Tuning follows a first evidence; of `full` it includes the eigenvalues.
+and 100, the default of both, of the last one. Tuning follows a first evidence; of `full` it includes the eigenvalues,
+but not in the rows of ResNet-20, which are of an earlier run, where both fitted in batches of 128.
 """
 
 UCI = """## Published numbers
