@@ -134,20 +134,25 @@ class Dense(SymmetricOperator):
         delta = delta.double()  # in float64 the quotient of a large entry and a tiny shift is finite, and its gradient
         if self.matrix.requires_grad:
             ratio = _scaled_ratio(self.matrix.double(), delta.expand(self.size))
-        elif delta.ndim == 0:
-            ratio = self._ratio_of_one(delta)
-        else:
+        elif delta.ndim:
             ratio = self._ratio_of_several(delta)
+        elif not self._loses(delta):
+            ratio = self._ratio_of_one(delta)
+        elif delta.reciprocal().isfinite():
+            ratio = self._ratio_of_several(delta.expand(self.size))
+        else:
+            ratio = log_det_ratio_of(self.spectrum, delta)
         return ratio.to(self.dtype)
+
+    def _loses(self, delta: Tensor) -> bool:
+        """Whether too few digits of a shift are left in the sum."""
+        return bool((self.matrix.diagonal().double() >= UNBEARABLE * delta).any())
 
     def _ratio_of_one(self, delta: Tensor) -> Tensor:
         """For the first number asked for, by a Cholesky factor; others by the eigenvalues, which take four times that.
 
-        One number is often asked for again, and is kept. Where it is lost in the sum, as for several.
+        One number is often asked for again, and is kept.
         """
-        if (self.matrix.diagonal().double() >= UNBEARABLE * delta).any():
-            finite = delta.reciprocal().isfinite()
-            return self._ratio_of_several(delta.expand(self.size)) if finite else log_det_ratio_of(self.spectrum, delta)
         shared, number = self.source or self, float(delta.detach())
         if number in shared.memo and not delta.requires_grad:
             return torch.tensor(shared.memo[number], dtype=torch.float64, device=self.device)
@@ -161,7 +166,7 @@ class Dense(SymmetricOperator):
     def _ratio_of_several(self, delta: Tensor) -> Tensor:
         """For a number for each weight, by elimination where the identity would be lost in the sum."""
         kept, few = self._certain
-        if (self.matrix.diagonal().double() >= UNBEARABLE * delta).any():
+        if self._loses(delta):
             given = (self.source or self).matrix.to(self.device)
             return log_det_one_plus(delta.reciprocal(), kept if few else pivoted_cholesky(given, self._rounding))
         if few:

@@ -96,6 +96,7 @@ class Tuning(Functions):
 
         Raises:
             RuntimeError: before `fit`.
+            TypeError: if the held-out data are no batches.
             ValueError: if a name is unknown, there is no noise to tune, bounds are not positive and ascending, or
                 Newton's method is asked for several precisions; or there are no held-out data, or their loss is the
                 same everywhere.
